@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Fills the catalogue with 8 products. Those whose name is there already are left alone, so running it
+# twice does not double them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib.sh
+attach
+
+# add NAME DESCRIPTION PRICE STOCK CATEGORY
+add() {
+  if has "$catalogue" "\"name\":\"$1\""; then
+    say "already there: $1"
+    return
+  fi
+  request POST /products "{\"name\":\"$1\",\"description\":\"$2\",\"price\":$3,\"stock\":$4,\"category\":\"$5\"}" >/dev/null
+  is "$status" 201 || die "could not create \"$1\": $body"
+  say "created: $1 (id $(field id))"
+}
+
+title 'Products'
+request GET /products
+is "$status" 200 || die "could not list the products: $body"
+catalogue=$body
+
+add 'Smartphone Galaxy' 'Tela AMOLED de 6,1 polegadas, 128 GB e câmera tripla' 2499.90 50 electronics
+add 'Notebook Dell' 'Processador Core i7, 16 GB de memória e SSD de 512 GB' 5299.00 20 electronics
+add 'Fone de Ouvido Bluetooth' 'Sem fio, com cancelamento de ruído e 30 horas de bateria' 349.90 100 electronics
+add 'Clean Code' 'Livro de Robert C. Martin sobre código limpo e boas práticas' 89.90 75 books
+add 'Design Patterns' 'Livro clássico sobre padrões de projeto orientado a objetos' 129.90 40 books
+add 'Tênis de Corrida' 'Leve e com amortecimento, para treinos e provas de rua' 399.90 60 sports
+add 'Bicicleta Mountain Bike' 'Aro 29, 21 marchas e freio a disco' 1899.00 15 sports
+add 'Cafeteira Elétrica' 'Prepara até 30 xícaras e mantém o café aquecido' 199.90 35 home
+
+request GET /products
+title "The catalogue holds $(field count) products"
