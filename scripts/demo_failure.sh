@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Demonstration of what happens when a server goes: without PostgreSQL the service says so and comes back
+# with it; without Redis, or with a silent one, it goes on. It works on a product of its own, which it
+# deletes in the end.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib.sh
+attach
+
+id='' down='' paused=''
+# Also when the script is interrupted: everything runs again, and the product is gone.
+restore() {
+  if [[ -n $paused ]]; then control unpause "$paused"; fi
+  if [[ -n $down ]]; then control start "$down"; fi
+  if [[ -n $id ]]; then wait_for 60 deleted; fi
+} >/dev/null 2>&1
+deleted() { request DELETE "/products/$id" && [[ $status == 204 || $status == 404 ]]; }
+trap restore EXIT
+
+# recovers: waits until the service is healthy, and says how long that took.
+recovers() {
+  local began=$SECONDS
+  wait_for 60 healthy || return 1
+  request GET /health
+  say "after about $((SECONDS - began)) s"
+}
+healthy() { request GET /health >/dev/null && is "$status $(field status)" '200 healthy'; }
+
+title '1. Everything runs'
+request GET /health
+claim 'the service is healthy' is "$status $(field status)" '200 healthy'
+claim 'the cache is in use' wait_for 10 cache_in_use
+request POST /products '{"name":"Produto da demonstração","price":1.00,"category":"demo"}'
+claim 'a product is created' is "$status" 201
+id=$(field id)
+request GET "/products/$id"
+request GET "/products/$id"
+claim 'and cached' is "$status $cache" '200 redis; hit'
+
+title '2. PostgreSQL stops'
+down=postgres
+control stop postgres
+request GET /products
+say "$body"
+claim 'the service says what is missing' is "$status $(field detail)" '503 database unavailable'
+request GET "/products/$id"
+claim 'it does not vouch for the cached copy either' is "$status" 503
+request GET /health
+claim 'it is up, and knows that it is unhealthy' is "$status $(field database)" '503 disconnected'
+
+title '3. PostgreSQL starts'
+control start postgres
+down=''
+claim 'the service recovers, and nobody had to restart it' recovers
+request GET "/products/$id"
+claim 'the product is still there' is "$status $(field price)" '200 1.00'
+claim 'the cache is in use again' wait_for 10 cache_in_use
+
+title '4. Redis stops'
+down=redis
+control stop redis
+request GET "/products/$id"
+claim 'reads go to PostgreSQL' is "$status $cache" '200 redis; fwd=bypass'
+request PUT "/products/$id" '{"price":2.00}'
+claim 'writes work too' is "$status $(field price)" '200 2.00'
+request GET "/products/$id"
+claim 'and are seen' is "$status $(field price)" '200 2.00'
+request GET /health
+claim 'the service is degraded, not down' is "$status $(field status)" '200 degraded'
+request DELETE /cache/clear
+claim 'only the cache cannot be cleared' is "$status" 503
+
+title '5. Redis starts, with what it held before it stopped'
+control start redis
+down=''
+claim 'the service is healthy again' recovers
+request GET "/products/$id"
+claim 'what Redis held is not believed: the price is the new one' is "$status $(field price)" '200 2.00'
+claim 'the cache is in use again' wait_for 10 cache_in_use
+
+title '6. Redis falls silent: it takes connections and never answers'
+paused=redis
+control pause redis
+request GET "/products/$id"
+claim 'the first read finds out, and is answered' is "$status $(field price)" '200 2.00'
+request GET "/products/$id"
+claim 'the next ones do not wait for it' is "$status $cache" '200 redis; fwd=bypass'
+claim 'this one took less than half a second' test "$micros" -lt 500000
+control unpause redis
+paused=''
+claim 'the cache is in use again' wait_for 10 cache_in_use
+
+title '7. The catalogue as it was'
+request DELETE "/products/$id"
+claim 'the product is deleted' is "$status" 204
+id=''
+
+verdict
