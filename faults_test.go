@@ -3,12 +3,12 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"strings"
@@ -567,47 +567,54 @@ func TestPing(t *testing.T) {
 	}
 }
 
-// TestColdListCountsQueries counts in PostgreSQL itself what a herd on the cold list costs.
+// TestColdListCountsQueries counts in PostgreSQL itself what a herd on the cold list costs. A lock keeps the first query
+// waiting until all requests have arrived.
 func TestColdListCountsQueries(t *testing.T) {
-	cfg := withDatabase(t, testConfig(t))
-	s := startServer(t, cfg)
-	// What PostgreSQL has sent out, in rows of this database, needs no extension to count: every query of the list
-	// calls this function once for its only row.
-	mustExec(t, s.db, `CREATE SEQUENCE asked`)
-	mustExec(t, s.db, `ALTER TABLE products RENAME TO stored`)
-	mustExec(t, s.db, `CREATE VIEW products AS SELECT id, name || CASE nextval('asked') WHEN 0 THEN '' ELSE '' END AS name, description, price, stock, category, created_at, updated_at FROM stored`)
-	mustExec(t, s.db, `INSERT INTO stored (name, price) VALUES ('a', 1)`)
-	client := &http.Client{Transport: &http.Transport{MaxConnsPerHost: 1000, MaxIdleConnsPerHost: 1000}}
-	var readers sync.WaitGroup
-	ready, start := make(chan struct{}, 1000), make(chan struct{})
-	for range 1000 {
-		readers.Go(func() {
-			r, _ := http.NewRequestWithContext(context.Background(), "GET", s.url+"/", nil)
-			if response, err := client.Do(r); err == nil { // opens the connection beforehand
-				_, _ = io.Copy(io.Discard, response.Body)
-				response.Body.Close()
-			}
-			ready <- struct{}{}
-			<-start
-			r, _ = http.NewRequestWithContext(context.Background(), "GET", s.url+"/products", nil)
-			response, err := client.Do(r)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			defer response.Body.Close()
-			if body, err := io.ReadAll(response.Body); err != nil || response.StatusCode != 200 || !bytes.Contains(body, []byte(`"count":1`)) {
-				t.Errorf("%d %s %v", response.StatusCode, body, err)
-			}
-		})
+	s := startServer(t, withDatabase(t, testConfig(t)))
+	db := psql(t, s.cfg)
+	// Every query of the list calls nextval once, for its only row. That needs no extension.
+	mustExec(t, db, `INSERT INTO products (name, price) VALUES ('a', 1)`)
+	mustExec(t, db, `CREATE SEQUENCE asked`)
+	mustExec(t, db, `ALTER TABLE products RENAME TO stored`)
+	mustExec(t, db, `CREATE VIEW products AS SELECT id, name || CASE nextval('asked') WHEN 0 THEN '' ELSE '' END AS name, description, price, stock, category, created_at, updated_at FROM stored`)
+	var arrived atomic.Int64
+	handler := s.handler()
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/products" {
+			arrived.Add(1)
+		}
+		handler.ServeHTTP(w, r)
+	}))
+	defer web.Close()
+	s.url = web.URL
+	all := func(path string) (wait func()) {
+		var readers sync.WaitGroup
+		for range 1000 {
+			readers.Go(func() {
+				if a, err := s.trySend("GET", path, ""); err != nil || a.status != 200 || path == "/products" && !strings.Contains(a.body, `"count":1`) {
+					t.Errorf("%d %s %v", a.status, a.body, err)
+				}
+			})
+		}
+		return readers.Wait
 	}
-	for range 1000 {
-		<-ready
+	all("/")() // opens the connections beforehand: a statement waits for a lock for 5 s only
+	tx, err := db.Begin()
+	if err != nil {
+		t.Fatal(err)
 	}
-	close(start)
-	readers.Wait()
+	defer tx.Rollback()
+	if _, err := tx.Exec(`LOCK TABLE stored`); err != nil {
+		t.Fatal(err)
+	}
+	wait := all("/products")
+	eventually(t, "all requests have arrived", func() bool { return arrived.Load() == 1000 })
+	if err := tx.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	wait()
 	var queries int
-	if err := s.db.QueryRow(`SELECT last_value FROM asked`).Scan(&queries); err != nil || queries < 1 || queries > 2 {
+	if err := db.QueryRow(`SELECT last_value FROM asked`).Scan(&queries); err != nil || queries < 1 || queries > 2 {
 		t.Errorf("%d queries for 1,000 requests, %v", queries, err)
 	}
 }

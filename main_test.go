@@ -30,6 +30,8 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	slog.SetDefault(slog.New(slog.NewTextHandler(io.Discard, nil)))
+	transport := http.DefaultTransport.(*http.Transport) // keeps the connections of a herd
+	transport.MaxIdleConns, transport.MaxIdleConnsPerHost = 0, 1000
 	os.Exit(m.Run())
 }
 
