@@ -307,6 +307,39 @@ func proxy(t testing.TB, address string, silent *atomic.Bool) (port string) {
 	return port
 }
 
+// A server without TLS says so, and the connection on which it does is closed before another one is made in the clear.
+func TestNoConnectionLeftWithoutTLS(t *testing.T) {
+	server, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	cfg := testConfig(t)
+	cfg.postgresSSLMode = "prefer"
+	cfg.postgresHost, cfg.postgresPort, _ = net.SplitHostPort(server.Addr().String())
+	db, _, err := openDatabase(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	go func() { _ = db.Ping() }() // fails when the server is closed
+	conn, err := server.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.ReadFull(conn, make([]byte, 8)); err != nil { // an SSLRequest
+		t.Fatal(err)
+	}
+	if _, err := conn.Write([]byte("N")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the connection was not closed: %v", err)
+	}
+}
+
 // TestPoolExhausted holds every connection: requests end in bounded time with a clear status.
 func TestPoolExhausted(t *testing.T) {
 	s := startServer(t, withDatabase(t, testConfig(t)))

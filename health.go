@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -212,7 +213,7 @@ func (c *Cache) stats(ctx context.Context) cacheStats {
 func healthCommand(ctx context.Context, cfg config) int {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:"+cfg.port+"/health", nil)
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(cmp.Or(cfg.bindAddress, "127.0.0.1"), cfg.port)+"/health", nil)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1

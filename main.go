@@ -68,7 +68,7 @@ func run(args []string) int {
 }
 
 type config struct {
-	port                                                                   string
+	bindAddress, port                                                      string
 	postgresHost, postgresPort, postgresDB, postgresUser, postgresPassword string
 	postgresSSLMode                                                        string
 	redisHost, redisPort, redisPassword                                    string
@@ -93,6 +93,7 @@ func configure(getenv func(string) string) (config, error) {
 		return value
 	}
 	cfg := config{
+		bindAddress:      getenv("BIND_ADDRESS"), // empty: all of the machine's
 		port:             number("PORT", "8000", 65535),
 		postgresHost:     text("POSTGRES_HOST", "localhost"),
 		postgresPort:     number("POSTGRES_PORT", "5432", 65535),
@@ -123,178 +124,6 @@ func configure(getenv func(string) string) (config, error) {
 	return cfg, nil
 }
 
-// poolSize is how many connections each pool may open: enough for what the processors can keep busy, few enough
-// for several replicas at one PostgreSQL.
-func poolSize() int { return 4 + 4*runtime.GOMAXPROCS(0) }
-
-// A dialer makes connections on which PostgreSQL must answer within a time: a query's context cannot end a read
-// from a server that has fallen silent.
-type dialer struct{ patience time.Duration }
-
-func (d dialer) Dial(network, address string) (net.Conn, error) {
-	return d.DialTimeout(network, address, d.patience)
-}
-
-func (d dialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
-	conn, err := net.DialTimeout(network, address, timeout)
-	return &impatientConn{conn, d.patience}, err
-}
-
-type impatientConn struct {
-	net.Conn
-	patience time.Duration
-}
-
-func (c *impatientConn) Read(b []byte) (int, error) {
-	if err := c.SetReadDeadline(time.Now().Add(c.patience)); err != nil {
-		return 0, err
-	}
-	return c.Conn.Read(b)
-}
-
-// A preparer makes connections that prepare each query, all of which are constants, the first time they get it, so
-// that PostgreSQL parses and plans it once and not for every request.
-type preparer struct{ driver.Connector }
-
-func (p preparer) Connect(ctx context.Context) (driver.Conn, error) {
-	conn, err := p.Connector.Connect(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return &preparingConn{conn.(pqConn), map[string]driver.Stmt{}}, nil
-}
-
-// A pqConn is all that database/sql uses of a connection.
-type pqConn interface {
-	driver.Conn
-	driver.ConnBeginTx
-	driver.ConnPrepareContext
-	driver.ExecerContext
-	driver.NamedValueChecker
-	driver.Pinger
-	driver.SessionResetter
-	driver.Validator
-}
-
-type preparingConn struct {
-	pqConn
-	prepared map[string]driver.Stmt
-}
-
-func (c *preparingConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
-	stmt := c.prepared[query]
-	if stmt == nil {
-		var err error
-		if stmt, err = c.PrepareContext(ctx, query); err != nil {
-			return nil, err
-		}
-		c.prepared[query] = stmt
-	}
-	return stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
-}
-
-// openDatabase returns a pool, which connects when it is used, and the DSN behind it.
-func openDatabase(cfg config) (*sql.DB, string, error) {
-	dsn := (&url.URL{
-		Scheme: "postgres",
-		User:   url.UserPassword(cfg.postgresUser, cfg.postgresPassword),
-		Host:   net.JoinHostPort(cfg.postgresHost, cfg.postgresPort),
-		Path:   "/" + cfg.postgresDB,
-		RawQuery: url.Values{
-			"sslmode":           {cfg.postgresSSLMode},
-			"application_name":  {"desafio3"}, // the trigger in schema.sql knows the service's own writes by it
-			"connect_timeout":   {"2"},
-			"timezone":          {"UTC"},
-			"statement_timeout": {strconv.FormatInt(statementTimeout.Milliseconds(), 10)},
-			"binary_parameters": {"yes"}, // one round trip a query
-		}.Encode(),
-	}).String()
-	dbConfig, err := pq.NewConfig(dsn)
-	if err != nil {
-		return nil, "", err
-	}
-	connector, err := pq.NewConnectorConfig(dbConfig)
-	if err != nil {
-		return nil, "", err
-	}
-	connector.Dialer(dialer{statementTimeout + 500*time.Millisecond})
-	db := sql.OpenDB(preparer{connector})
-	db.SetMaxOpenConns(poolSize())
-	db.SetMaxIdleConns(poolSize())
-	db.SetConnMaxIdleTime(5 * time.Minute)
-	return db, dsn, nil
-}
-
-// within returns what f returns, or the context's error when that ends first: a driver that waits for a silent server
-// may notice late. Then f goes on by itself.
-func within[T any](ctx context.Context, f func(context.Context) (T, error)) (T, error) {
-	type result struct {
-		value T
-		err   error
-	}
-	done := make(chan result, 1)
-	go func() {
-		value, err := f(ctx)
-		done <- result{value, err}
-	}()
-	select {
-	case r := <-done:
-		return r.value, r.err
-	case <-ctx.Done():
-		var none T
-		return none, ctx.Err()
-	}
-}
-
-// applySchema tries until PostgreSQL has taken the schema, or the context ends.
-func applySchema(ctx context.Context, db *sql.DB) {
-	apply := func() error {
-		ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-		defer cancel()
-		tx, err := db.BeginTx(ctx, nil)
-		if err != nil {
-			return err
-		}
-		defer tx.Rollback()
-		// Replicas that start together take turns.
-		if _, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtext('desafio3 schema'))`); err != nil {
-			return err
-		}
-		if _, err := tx.ExecContext(ctx, schema); err != nil {
-			return err
-		}
-		return tx.Commit()
-	}
-	repeat(ctx, "database not ready", func() (bool, error) {
-		err := apply()
-		return err == nil, err
-	})
-}
-
-// repeat calls f with every heartbeat until it says that it is done or the context ends, and logs an error that is not
-// the one before it.
-func repeat(ctx context.Context, what string, f func() (done bool, err error)) {
-	beat := time.NewTicker(heartbeat)
-	defer beat.Stop()
-	for last := ""; ; {
-		done, err := f()
-		if done || ctx.Err() != nil {
-			return
-		}
-		if reason := fmt.Sprint(err); err != nil && reason != last {
-			slog.Warn(what, "reason", reason)
-			last = reason
-		} else if err == nil {
-			last = ""
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-beat.C:
-		}
-	}
-}
-
 // A server answers the API's requests.
 type server struct {
 	cfg     config
@@ -315,7 +144,7 @@ func serve(ctx context.Context, cfg config) error {
 		debug.SetGCPercent(200)
 	}
 	s := &server{cfg: cfg, db: db, cache: newCache(cfg, db, dsn), started: time.Now()}
-	listener, err := net.Listen("tcp", net.JoinHostPort("", cfg.port))
+	listener, err := net.Listen("tcp", net.JoinHostPort(cfg.bindAddress, cfg.port))
 	if err != nil {
 		return err
 	}
@@ -504,4 +333,182 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 
 func badRequest(format string, args ...any) error {
 	return &problem{Status: http.StatusBadRequest, Detail: fmt.Sprintf(format, args...)}
+}
+
+// poolSize is how many connections each pool may open: enough for what the processors can keep busy, few enough
+// for several replicas at one PostgreSQL.
+func poolSize() int { return 4 + 4*runtime.GOMAXPROCS(0) }
+
+// A dialer makes connections on which PostgreSQL must answer within a time: a query's context cannot end a read
+// from a server that has fallen silent.
+type dialer struct{ patience time.Duration }
+
+func (d dialer) Dial(network, address string) (net.Conn, error) {
+	return d.DialTimeout(network, address, d.patience)
+}
+
+func (d dialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
+	conn, err := net.DialTimeout(network, address, timeout)
+	return &impatientConn{conn, d.patience}, err
+}
+
+type impatientConn struct {
+	net.Conn
+	patience time.Duration
+}
+
+func (c *impatientConn) Read(b []byte) (int, error) {
+	if err := c.SetReadDeadline(time.Now().Add(c.patience)); err != nil {
+		return 0, err
+	}
+	n, err := c.Conn.Read(b)
+	// With sslmode=prefer, lib/pq 1.12 begins anew, without closing what it had, when a server has no TLS, which it
+	// says with this byte, or does not answer. PostgreSQL would wait a minute for what comes next.
+	if err != nil || len(b) == 1 && b[0] == 'N' {
+		_ = c.Conn.Close()
+	}
+	return n, err
+}
+
+// A preparer makes connections that prepare each query, all of which are constants, the first time they get it, so
+// that PostgreSQL parses and plans it once and not for every request.
+type preparer struct{ driver.Connector }
+
+func (p preparer) Connect(ctx context.Context) (driver.Conn, error) {
+	conn, err := p.Connector.Connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &preparingConn{conn.(pqConn), map[string]driver.Stmt{}}, nil
+}
+
+// A pqConn is all that database/sql uses of a connection.
+type pqConn interface {
+	driver.Conn
+	driver.ConnBeginTx
+	driver.ConnPrepareContext
+	driver.ExecerContext
+	driver.NamedValueChecker
+	driver.Pinger
+	driver.SessionResetter
+	driver.Validator
+}
+
+type preparingConn struct {
+	pqConn
+	prepared map[string]driver.Stmt
+}
+
+func (c *preparingConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
+	stmt := c.prepared[query]
+	if stmt == nil {
+		var err error
+		if stmt, err = c.PrepareContext(ctx, query); err != nil {
+			return nil, err
+		}
+		c.prepared[query] = stmt
+	}
+	return stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
+}
+
+// openDatabase returns a pool, which connects when it is used, and the DSN behind it.
+func openDatabase(cfg config) (*sql.DB, string, error) {
+	dsn := (&url.URL{
+		Scheme: "postgres",
+		User:   url.UserPassword(cfg.postgresUser, cfg.postgresPassword),
+		Host:   net.JoinHostPort(cfg.postgresHost, cfg.postgresPort),
+		Path:   "/" + cfg.postgresDB,
+		RawQuery: url.Values{
+			"sslmode":           {cfg.postgresSSLMode},
+			"application_name":  {"desafio3"}, // the trigger in schema.sql knows the service's own writes by it
+			"connect_timeout":   {"2"},
+			"timezone":          {"UTC"},
+			"statement_timeout": {strconv.FormatInt(statementTimeout.Milliseconds(), 10)},
+			"binary_parameters": {"yes"}, // one round trip a query
+		}.Encode(),
+	}).String()
+	dbConfig, err := pq.NewConfig(dsn)
+	if err != nil {
+		return nil, "", err
+	}
+	connector, err := pq.NewConnectorConfig(dbConfig)
+	if err != nil {
+		return nil, "", err
+	}
+	connector.Dialer(dialer{statementTimeout + 500*time.Millisecond})
+	db := sql.OpenDB(preparer{connector})
+	db.SetMaxOpenConns(poolSize())
+	db.SetMaxIdleConns(poolSize())
+	db.SetConnMaxIdleTime(5 * time.Minute)
+	return db, dsn, nil
+}
+
+// within returns what f returns, or the context's error when that ends first: a driver that waits for a silent server
+// may notice late. Then f goes on by itself.
+func within[T any](ctx context.Context, f func(context.Context) (T, error)) (T, error) {
+	type result struct {
+		value T
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		value, err := f(ctx)
+		done <- result{value, err}
+	}()
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-ctx.Done():
+		var none T
+		return none, ctx.Err()
+	}
+}
+
+// applySchema tries until PostgreSQL has taken the schema, or the context ends.
+func applySchema(ctx context.Context, db *sql.DB) {
+	apply := func() error {
+		ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+		defer cancel()
+		tx, err := db.BeginTx(ctx, nil)
+		if err != nil {
+			return err
+		}
+		defer tx.Rollback()
+		// Replicas that start together take turns.
+		if _, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtext('desafio3 schema'))`); err != nil {
+			return err
+		}
+		if _, err := tx.ExecContext(ctx, schema); err != nil {
+			return err
+		}
+		return tx.Commit()
+	}
+	repeat(ctx, "database not ready", func() (bool, error) {
+		err := apply()
+		return err == nil, err
+	})
+}
+
+// repeat calls f with every heartbeat until it says that it is done or the context ends, and logs an error that is not
+// the one before it.
+func repeat(ctx context.Context, what string, f func() (done bool, err error)) {
+	beat := time.NewTicker(heartbeat)
+	defer beat.Stop()
+	for last := ""; ; {
+		done, err := f()
+		if done || ctx.Err() != nil {
+			return
+		}
+		if reason := fmt.Sprint(err); err != nil && reason != last {
+			slog.Warn(what, "reason", reason)
+			last = reason
+		} else if err == nil {
+			last = ""
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-beat.C:
+		}
+	}
 }
