@@ -520,10 +520,8 @@ func (c *Cache) check(ctx context.Context) error {
 		if err := c.listener.Ping(); err != nil {
 			c.distrust(err)
 		}
-		return c.command(ctx, func(conn redis.Conn) error {
-			_, err := conn.Do("PING")
-			return err
-		})
+		_, err := c.do("PING")
+		return err
 	}
 	conn, err := c.dial(ctx)
 	if err != nil {
@@ -639,10 +637,7 @@ func (c *Cache) hear() {
 		case n.Extra == "", len(c.listener.Notify) == cap(c.listener.Notify), !c.trusted():
 			c.distrust(errors.New("other sessions change more than can be dropped key by key"))
 		default:
-			_ = c.command(context.Background(), func(conn redis.Conn) error {
-				_, err := conn.Do("UNLINK", keyAll, keyPrefix+n.Extra)
-				return err
-			})
+			_, _ = c.do("UNLINK", keyAll, keyPrefix+n.Extra) // an error ends trust, and then everything is dropped
 		}
 	}
 }

@@ -393,12 +393,7 @@ type process struct {
 // startProcess starts the binary on a free port, in check.sh's environment with what is added to it.
 func startProcess(t testing.TB, env ...string) *process {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	l.Close()
+	port := freePort(t)
 	p := &process{&testServer{t: t, url: "http://127.0.0.1:" + port}, exec.Command(binary(t)), new(bytes.Buffer), make(chan error, 1)}
 	p.cmd.Env = append(append(os.Environ(), "PORT="+port), env...)
 	p.cmd.Stderr = p.stderr
@@ -600,8 +595,48 @@ func TestPing(t *testing.T) {
 	}
 }
 
-// TestColdListCountsQueries counts in PostgreSQL itself what a herd on the cold list costs. A lock keeps the first query
-// waiting until all requests have arrived.
+// herd sends a thousand requests, and keeps PostgreSQL from answering any before all have arrived.
+func (s *testServer) herd(status int, path, words string) {
+	s.t.Helper()
+	var arrived atomic.Int64
+	handler := s.handler()
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == path {
+			arrived.Add(1)
+		}
+		handler.ServeHTTP(w, r)
+	}))
+	defer web.Close()
+	s.url = web.URL
+	all := func(status int, path, words string) (wait func()) {
+		var readers sync.WaitGroup
+		for range 1000 {
+			readers.Go(func() {
+				if a, err := s.trySend("GET", path, ""); err != nil || a.status != status || !strings.Contains(a.body, words) {
+					s.t.Errorf("%d %s %v", a.status, a.body, err)
+				}
+			})
+		}
+		return readers.Wait
+	}
+	all(200, "/", "")() // opens the connections beforehand: a statement waits for a lock for 5 s only
+	tx, err := psql(s.t, s.cfg).Begin()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer tx.Rollback()
+	if _, err := tx.Exec(`LOCK TABLE products`); err != nil {
+		s.t.Fatal(err)
+	}
+	wait := all(status, path, words)
+	eventually(s.t, "all requests have arrived", func() bool { return arrived.Load() == 1000 })
+	if err := tx.Commit(); err != nil {
+		s.t.Fatal(err)
+	}
+	wait()
+}
+
+// TestColdListCountsQueries counts in PostgreSQL itself what a herd on the cold list costs.
 func TestColdListCountsQueries(t *testing.T) {
 	s := startServer(t, withDatabase(t, testConfig(t)))
 	db := psql(t, s.cfg)
@@ -610,44 +645,14 @@ func TestColdListCountsQueries(t *testing.T) {
 	mustExec(t, db, `CREATE SEQUENCE asked`)
 	mustExec(t, db, `ALTER TABLE products RENAME TO stored`)
 	mustExec(t, db, `CREATE VIEW products AS SELECT id, name || CASE nextval('asked') WHEN 0 THEN '' ELSE '' END AS name, description, price, stock, category, created_at, updated_at FROM stored`)
-	var arrived atomic.Int64
-	handler := s.handler()
-	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/products" {
-			arrived.Add(1)
-		}
-		handler.ServeHTTP(w, r)
-	}))
-	defer web.Close()
-	s.url = web.URL
-	all := func(path string) (wait func()) {
-		var readers sync.WaitGroup
-		for range 1000 {
-			readers.Go(func() {
-				if a, err := s.trySend("GET", path, ""); err != nil || a.status != 200 || path == "/products" && !strings.Contains(a.body, `"count":1`) {
-					t.Errorf("%d %s %v", a.status, a.body, err)
-				}
-			})
-		}
-		return readers.Wait
-	}
-	all("/")() // opens the connections beforehand: a statement waits for a lock for 5 s only
-	tx, err := db.Begin()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback()
-	if _, err := tx.Exec(`LOCK TABLE stored`); err != nil {
-		t.Fatal(err)
-	}
-	wait := all("/products")
-	eventually(t, "all requests have arrived", func() bool { return arrived.Load() == 1000 })
-	if err := tx.Commit(); err != nil {
-		t.Fatal(err)
-	}
-	wait()
+	s.herd(200, "/products", `"count":1`)
 	var queries int
 	if err := db.QueryRow(`SELECT last_value FROM asked`).Scan(&queries); err != nil || queries < 1 || queries > 2 {
 		t.Errorf("%d queries for 1,000 requests, %v", queries, err)
 	}
+}
+
+// TestSharedError gives one lookup's error to a thousand requests, for the race detector to watch.
+func TestSharedError(t *testing.T) {
+	startServer(t, withDatabase(t, testConfig(t))).herd(404, "/products/7", "product 7 does not exist")
 }

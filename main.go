@@ -285,12 +285,13 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 		slog.Error("internal error", "method", r.Method, "path", r.URL.Path, "error", err)
 		p = &problem{Status: http.StatusInternalServerError, Detail: "internal error"}
 	}
-	p.Title = http.StatusText(p.Status)
 	if p.Status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "1")
 	}
 	w.Header().Set("Content-Type", "application/problem+json")
-	respond(w, p.Status, encode(p))
+	answer := *p // a copy, since the error of a shared lookup goes to several requests
+	answer.Title = http.StatusText(p.Status)
+	respond(w, p.Status, encode(answer))
 }
 
 // respond sends a whole body with its length.

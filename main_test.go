@@ -229,17 +229,23 @@ type redisServer struct {
 // startRedis starts a Redis and returns a configuration that uses it.
 func startRedis(t testing.TB, cfg config, args ...string) (*redisServer, config) {
 	t.Helper()
+	r := &redisServer{t: t, dir: t.TempDir(), port: freePort(t), args: args}
+	r.start()
+	t.Cleanup(r.kill)
+	cfg.redisHost, cfg.redisPort = "127.0.0.1", r.port
+	return r, cfg
+}
+
+// freePort returns a port of 127.0.0.1 that nobody listens on now.
+func freePort(t testing.TB) string {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer l.Close()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
-	l.Close()
-	r := &redisServer{t: t, dir: t.TempDir(), port: port, args: args}
-	r.start()
-	t.Cleanup(r.kill)
-	cfg.redisHost, cfg.redisPort = "127.0.0.1", port
-	return r, cfg
+	return port
 }
 
 func (r *redisServer) start() {
@@ -307,11 +313,11 @@ func postgres(t testing.TB, function string, args ...string) {
 	}
 }
 
-// binary builds the service and returns its path.
-func binary(t testing.TB) string {
+// binary builds the service, with flags of go build, and returns its path.
+func binary(t testing.TB, flags ...string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "web")
-	if out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", append([]string{"build", "-o", path}, flags...)...).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return path

@@ -10,7 +10,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,9 +21,6 @@ import (
 	"testing"
 	"text/tabwriter"
 	"time"
-
-	"github.com/gomodule/redigo/redis"
-	"github.com/lib/pq"
 )
 
 const (
@@ -39,14 +35,11 @@ const (
 // timing), PROMISE is about how many reads to make, RACE=1 builds the service with the race detector. A phase alone:
 // go test -run TestPromise/silent.
 func TestPromise(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes half a minute")
-	}
 	seed := uint64(number(t, "SEED", int(time.Now().UnixNano()%1e9)))
 	t.Logf("SEED=%d", seed)
 	p := newPromise(t, seed)
 	defer p.report(t)
-	reads := number(t, "PROMISE", 20_000) / 9
+	reads := number(t, "PROMISE", 10_000) / 9
 	faults := min(max(reads/1000, 2), 25)
 
 	p.phase(t, "calm", reads, 0, nil)
@@ -74,17 +67,14 @@ func number(t *testing.T, name string, standard int) int {
 
 // A promise is the service under test, what is known of its products, and the figures of each phase.
 type promise struct {
-	dir      string
+	dir      string // for logs
 	replicas []*replica
 	items    []*item // by id, from 1; the first has no writer, so that it can always be a hit
 	psql     *sql.DB // another session than the service's
 	client   *http.Client
-	redis    struct {
-		port, dir string
-		cmd       *exec.Cmd
-	}
-	mu  sync.Mutex
-	rnd *rand.Rand
+	redis    *redisServer
+	mu       sync.Mutex
+	rnd      *rand.Rand
 
 	writing   sync.RWMutex // held while no writer may be at work
 	reading   sync.RWMutex // the same for readers
@@ -214,35 +204,21 @@ func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond)
 func newPromise(t *testing.T, seed uint64) *promise {
 	p := &promise{dir: t.TempDir(), rnd: rand.New(rand.NewPCG(seed, 0))}
 	p.client = &http.Client{Timeout: 8 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 2 * readers}}
-	binary := filepath.Join(p.dir, "web")
-	build := []string{"build", "-o", binary}
+	var flags []string
 	if os.Getenv("RACE") != "" {
-		build = append(build, "-race")
+		flags = []string{"-race"}
 	}
-	if out, err := exec.Command("go", append(build, ".")...).CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-
-	database := fmt.Sprintf("promise_%d", os.Getpid())
-	admin := openAs(t, os.Getenv("POSTGRES_DB"))
-	must(t, admin, "CREATE DATABASE "+database)
-	t.Cleanup(func() { must(t, admin, "DROP DATABASE "+database+" WITH (FORCE)") })
-	p.psql = openAs(t, database)
-
-	p.redis.port, p.redis.dir = freePort(t), filepath.Join(p.dir, "redis")
-	if err := os.Mkdir(p.redis.dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	p.startRedis(t)
-	t.Cleanup(p.stopRedis)
-
-	postgres := net.JoinHostPort(os.Getenv("POSTGRES_HOST"), os.Getenv("POSTGRES_PORT"))
+	program := binary(t, flags...)
+	cfg := withDatabase(t, testConfig(t))
+	p.psql = psql(t, cfg)
+	p.redis, _ = startRedis(t, cfg)
+	postgres := net.JoinHostPort(cfg.postgresHost, cfg.postgresPort)
 	for i := range replicas {
 		r := &replica{
-			name: fmt.Sprintf("replica %d", i), port: freePort(t), binary: binary, log: filepath.Join(p.dir, fmt.Sprintf("web%d.log", i)),
+			name: fmt.Sprintf("replica %d", i), port: freePort(t), binary: program, log: filepath.Join(p.dir, fmt.Sprintf("web%d.log", i)),
 			redis: p.newRelay(t, "127.0.0.1:"+p.redis.port), postgres: p.newRelay(t, postgres),
 		}
-		r.env = append(os.Environ(), "LOG_LEVEL=warn", "PORT="+r.port, "POSTGRES_DB="+database, "POSTGRES_SSLMODE=disable",
+		r.env = append(os.Environ(), "LOG_LEVEL=warn", "PORT="+r.port, "POSTGRES_DB="+cfg.postgresDB, "POSTGRES_SSLMODE=disable",
 			"POSTGRES_HOST=127.0.0.1", "POSTGRES_PORT="+r.postgres.port, "REDIS_HOST=127.0.0.1", "REDIS_PORT="+r.redis.port, "REDIS_PASSWORD=")
 		p.replicas = append(p.replicas, r)
 		r.start(t)
@@ -265,13 +241,13 @@ func newPromise(t *testing.T, seed uint64) *promise {
 		return nil
 	})
 	// Statements that take a while, and now and then long, leave room between what the replicas do.
-	must(t, p.psql, `CREATE FUNCTION only_rises() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+	mustExec(t, p.psql, `CREATE FUNCTION only_rises() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 		IF NEW.stock < OLD.stock THEN RAISE EXCEPTION 'stock would fall from % to %', OLD.stock, NEW.stock; END IF;
 		IF current_setting('application_name') = 'desafio3' THEN
 			PERFORM pg_sleep(CASE WHEN random() < 0.02 THEN random() * 1.2 WHEN random() < 0.5 THEN random() * 0.01 ELSE 0 END);
 		END IF;
 		RETURN NEW; END $$`)
-	must(t, p.psql, `CREATE TRIGGER only_rises BEFORE UPDATE ON products FOR EACH ROW EXECUTE FUNCTION only_rises()`)
+	mustExec(t, p.psql, `CREATE TRIGGER only_rises BEFORE UPDATE ON products FOR EACH ROW EXECUTE FUNCTION only_rises()`)
 	for id := range int64(5) {
 		it := &item{id: id + 1, next: 2, late: map[int]bool{}}
 		it.raise(1)
@@ -284,40 +260,7 @@ func newPromise(t *testing.T, seed uint64) *promise {
 
 // createRows makes the items' rows anew.
 func (p *promise) createRows(t *testing.T, stock int) {
-	must(t, p.psql, `INSERT INTO products (id, name, price, stock) SELECT id, 'thing', 1, $1 FROM generate_series(1, $2) id`, stock, len(p.items))
-}
-
-// openAs opens a database as a session that is not the service's.
-func openAs(t *testing.T, database string) *sql.DB {
-	dsn := url.URL{
-		Scheme: "postgres", User: url.UserPassword(os.Getenv("POSTGRES_USER"), os.Getenv("POSTGRES_PASSWORD")),
-		Host: net.JoinHostPort(os.Getenv("POSTGRES_HOST"), os.Getenv("POSTGRES_PORT")), Path: "/" + database,
-		RawQuery: "sslmode=disable&application_name=psql&connect_timeout=5",
-	}
-	connector, err := pq.NewConnector(dsn.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	db := sql.OpenDB(connector)
-	t.Cleanup(func() { _ = db.Close() })
-	return db
-}
-
-func must(t *testing.T, db *sql.DB, statement string, args ...any) {
-	t.Helper()
-	if _, err := db.Exec(statement, args...); err != nil {
-		t.Fatalf("%s: %v", statement, err)
-	}
-}
-
-func freePort(t *testing.T) string {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	_, port, _ := net.SplitHostPort(listener.Addr().String())
-	return port
+	mustExec(t, p.psql, `INSERT INTO products (id, name, price, stock) SELECT id, 'thing', 1, $1 FROM generate_series(1, $2) id`, stock, len(p.items))
 }
 
 // random returns a number from 0 to n-1; all choices come from the one seed.
@@ -367,33 +310,6 @@ func (r *replica) start(t *testing.T) {
 func (r *replica) kill() {
 	_ = r.cmd.Process.Kill()
 	_ = r.cmd.Wait()
-}
-
-func (p *promise) startRedis(t *testing.T) {
-	program := "redis-server"
-	if _, err := exec.LookPath(program); err != nil {
-		program = "valkey-server"
-	}
-	p.redis.cmd = exec.Command(program, "--port", p.redis.port, "--bind", "127.0.0.1", "--save", "", "--dir", p.redis.dir)
-	if err := p.redis.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	p.await(t, "redis", func() error { return p.askRedis("PING") })
-}
-
-func (p *promise) stopRedis() {
-	_ = p.redis.cmd.Process.Kill()
-	_ = p.redis.cmd.Wait()
-}
-
-func (p *promise) askRedis(command string) error {
-	conn, err := redis.Dial("tcp", "127.0.0.1:"+p.redis.port)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	_, err = conn.Do(command)
-	return err
 }
 
 // A relay stands between a replica and a server. It delays now and then what it carries, so that what is a matter of
@@ -718,9 +634,7 @@ func (p *promise) oldSnapshot(t *testing.T, k int) {
 		p.settle(t)
 	}
 	p.warm(t)
-	if err := p.askRedis("SAVE"); err != nil {
-		t.Error(err)
-	}
+	p.redis.do("SAVE")
 	dump := filepath.Join(p.redis.dir, "dump.rdb")
 	snapshot, err := os.ReadFile(dump)
 	if err != nil {
@@ -738,18 +652,25 @@ func (p *promise) oldSnapshot(t *testing.T, k int) {
 	if err != nil {
 		t.Error(err)
 	}
-	time.Sleep(50 * time.Millisecond)
+	p.await(t, "three writers at the lock", func() error {
+		var waiting int
+		err := p.psql.QueryRow("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'").Scan(&waiting)
+		if err == nil && waiting < 3 {
+			err = fmt.Errorf("%d", waiting)
+		}
+		return err
+	})
 	time.AfterFunc(time.Duration(p.random(int(2*time.Second))), func() { _ = tx.Rollback() })
 	for i, r := range p.replicas {
 		if silent || i == k%len(p.replicas) {
 			r.redis.each(func(l *link) { l.silent.Store(true) })
 		}
 	}
-	p.stopRedis()
+	p.redis.kill()
 	if err := os.WriteFile(dump, snapshot, 0o600); err != nil {
 		t.Error(err)
 	}
-	p.startRedis(t)
+	p.redis.start()
 	if silent { // as many requests at a time as make new connections beside the silent ones
 		var group sync.WaitGroup
 		defer group.Wait()
@@ -767,9 +688,9 @@ func (p *promise) oldSnapshot(t *testing.T, k int) {
 // silence stops Redis for a second, or makes it unreachable for a moment, in both of which it forgets nothing.
 func (p *promise) silence(t *testing.T, k int) {
 	if k%2 == 0 {
-		_ = p.redis.cmd.Process.Signal(syscall.SIGSTOP)
+		p.redis.signal(syscall.SIGSTOP)
 		time.Sleep(time.Second)
-		_ = p.redis.cmd.Process.Signal(syscall.SIGCONT)
+		p.redis.signal(syscall.SIGCONT)
 	} else {
 		p.writing.Lock()
 		p.warm(t)
@@ -869,9 +790,9 @@ func (p *promise) changeEverything(t *testing.T, k int) {
 			it.end("psql", version, nil)
 		}
 	}
-	must(t, p.psql, "INSERT INTO products (id, name, price) SELECT id, 'filler', 1 FROM generate_series(1000001, 1010000) id")
+	mustExec(t, p.psql, "INSERT INTO products (id, name, price) SELECT id, 'filler', 1 FROM generate_series(1000001, 1010000) id")
 	p.writing.Lock()
-	change(func(version int) { must(t, p.psql, "UPDATE products SET stock = $1", version) })
+	change(func(version int) { mustExec(t, p.psql, "UPDATE products SET stock = $1", version) })
 	p.writing.Unlock()
 	p.wait(t, 200)
 	p.writing.Lock()
@@ -882,7 +803,7 @@ func (p *promise) changeEverything(t *testing.T, k int) {
 			it.gone = version
 			it.mu.Unlock()
 		}
-		must(t, p.psql, "TRUNCATE products")
+		mustExec(t, p.psql, "TRUNCATE products")
 	})
 	p.wait(t, 200)
 	time.Sleep(allowance)

@@ -32,10 +32,10 @@ step() {
   set +m
   if wait "$job"; then
     printf '%sok%s  %3d s\n' "$green" "$plain" "$((SECONDS - began))"
-    grep '^ok ' "$tmp/output" || true # the closing line of go test
+    sed -n '/^ok /p; /SEED=/p; /^ *phase .*slowest/,/^ *total /p' "$tmp/output" # of go test
   else
     printf '%sFAILED%s  %d s\n' "$red" "$plain" "$((SECONDS - began))"
-    sed 's/^/    | /' "$tmp/output"
+    sed '/^=== /d; /^ *--- PASS/d; s/^/    | /' "$tmp/output"
     broken+=("$name")
   fi
   job=''
@@ -72,15 +72,8 @@ well_formatted() {
 }
 
 test_servers() {
-  local programs
-  programs=$(dirname "$(readlink -f "$(command -v postgres)")")
-  POSTGRES_ARGS='-c fsync=off'
-  # Where it is there, the tests count PostgreSQL's queries with it.
-  if [[ -n $(find "$programs/.." -name 'pg_stat_statements.so' -o -name 'pg_stat_statements.dylib') ]]; then
-    POSTGRES_ARGS+=' -c shared_preload_libraries=pg_stat_statements'
-  fi
-  export POSTGRES_ARGS POSTGRES_HOST=127.0.0.1 POSTGRES_PORT POSTGRES_DB=products_db POSTGRES_USER=postgres \
-    POSTGRES_PASSWORD=postgres123 REDIS_HOST=127.0.0.1 REDIS_PORT
+  export POSTGRES_ARGS='-c fsync=off' POSTGRES_HOST=127.0.0.1 POSTGRES_PORT POSTGRES_DB=products_db POSTGRES_USER=postgres \
+    POSTGRES_PASSWORD=postgres123 REDIS_HOST=127.0.0.1 REDIS_PORT RACE=1
   POSTGRES_PORT=$(free_port)
   start_postgres "$TEST_DIR" "$POSTGRES_PORT"
   REDIS_PORT=$(free_port)
@@ -141,7 +134,7 @@ step 'gofmt' well_formatted
 step 'go vet' go vet ./...
 if have shellcheck; then step 'shellcheck' shellcheck -x scripts/*.sh .ci/run; fi
 test_servers
-step 'go test -race' go test -race -count=1 -timeout 60m ./...
+step 'go test -race' go test -race -v -count=1 -timeout 90m ./...
 stop_redis "$TEST_DIR"
 stop_postgres "$TEST_DIR" immediate
 step 'end to end, without Docker' end_to_end local
