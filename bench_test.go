@@ -22,8 +22,10 @@ func BenchmarkLookup(b *testing.B) {
 	p := s.create(`{"name":"Lamp","price":19.90}`)
 	load := func(ctx context.Context) ([]byte, error) {
 		var row product
-		err := row.scan(s.db.QueryRowContext(ctx, selectProduct, p.ID))
-		return row.encode(), err
+		if err := row.scan(s.db.QueryRowContext(ctx, selectProduct, p.ID)); err != nil {
+			return nil, err
+		}
+		return encode(&row)
 	}
 	get := func(want source) {
 		body, from, err := s.cache.Get(b.Context(), productKey(p.ID), load)
@@ -32,7 +34,7 @@ func BenchmarkLookup(b *testing.B) {
 		}
 	}
 	empty := func() {
-		if err := s.cache.command(b.Context(), func(conn redis.Conn) error {
+		if err := s.cache.command(func(conn redis.Conn) error {
 			_, err := conn.Do("DEL", productKey(p.ID))
 			return err
 		}); err != nil {

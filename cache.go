@@ -28,7 +28,7 @@ import (
 // whoever dies leaves nothing behind that a late reader could fill with an old row.
 const (
 	redisTimeout     = 700 * time.Millisecond     // for one command
-	redisDialTimeout = 500 * time.Millisecond     // for a new connection, first questions included
+	redisDialTimeout = 500 * time.Millisecond     // for a new connection, and again for the questions asked on it
 	statementTimeout = 5 * time.Second            // PostgreSQL ends a statement after this
 	lookupTimeout    = 5 * time.Second            // a reader's lease lasts as long as its lookup may
 	markLife         = 12 * time.Second           // > 2*redisTimeout + statementTimeout + lookupTimeout
@@ -59,7 +59,7 @@ type Cache struct {
 	db       *sql.DB
 	listener *pq.Listener // hears of changes made by other sessions
 	pool     *redis.Pool  // serves while the cache is trusted
-	dial     func(context.Context) (redis.Conn, error)
+	dial     func() (redis.Conn, error)
 	ttl      time.Duration
 
 	// The cache is trusted while trustedAt equals doubts. To doubt is to count up, so a doubt that comes
@@ -68,9 +68,6 @@ type Cache struct {
 	doubtedAt         atomic.Int64 // Unix nanoseconds; an older connection is not used again
 	reachable         atomic.Bool  // Redis answered when last asked; if not, a writer does not wait for it again
 	listening         atomic.Bool  // the first LISTEN was acknowledged; the listener repeats it by itself
-
-	instance string // begins this process's tokens
-	tokens   atomic.Uint64
 
 	mu         sync.Mutex         // guards what follows
 	lookups    map[string]*lookup // by key: the one that runs
@@ -116,17 +113,17 @@ type write struct {
 // newCache connects to nothing yet. The DSN is for the listener's own connection to the database of db.
 func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 	c := &Cache{
-		db: db, ttl: cfg.cacheTTL, instance: rand.Text(),
+		db: db, ttl: cfg.cacheTTL,
 		lookups: map[string]*lookup{}, writes: map[string]*write{},
 	}
 	c.doubts.Store(1)
-	c.dial = func(ctx context.Context) (redis.Conn, error) {
-		conn, err := c.connect(ctx, net.JoinHostPort(cfg.redisHost, cfg.redisPort), cfg.redisPassword)
+	c.dial = func() (redis.Conn, error) {
+		conn, err := c.connect(net.JoinHostPort(cfg.redisHost, cfg.redisPort), cfg.redisPassword)
 		c.reachable.Store(err == nil)
 		return conn, err
 	}
 	c.pool = &redis.Pool{
-		DialContext: c.dial, MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, IdleTimeout: 5 * time.Minute,
+		Dial: c.dial, MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, IdleTimeout: 5 * time.Minute,
 		TestOnBorrow: func(_ redis.Conn, used time.Time) error {
 			if used.UnixNano() <= c.doubtedAt.Load() {
 				return errors.New("a connection from before the last doubt")
@@ -182,7 +179,7 @@ func (c *Cache) Get(ctx context.Context, key string, load func(context.Context) 
 func (c *Cache) run(key string, l *lookup) {
 	for l != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
-		l.body, l.source, l.err = c.look(ctx, key, l.load)
+		l.body, l.source, l.err = c.look(ctx, key, func(ctx context.Context) ([]byte, error) { return within(ctx, l.load) })
 		cancel()
 		if key == keyAll { // alone here: one lookup of a key runs
 			if bytes.Equal(l.body, c.list) {
@@ -208,7 +205,7 @@ func (c *Cache) look(ctx context.Context, key string, load func(context.Context)
 		body, err := load(ctx)
 		return body, bypass, err
 	}
-	token := c.token(lease)
+	token := lease + rand.Text()
 	held, err := c.do("SET", key, token, "NX", "GET", "EX", int(lookupTimeout.Seconds()))
 	if err != nil || c.doubts.Load() != doubts {
 		body, err := load(ctx)
@@ -266,6 +263,9 @@ func marks(key string) string { return "writers:" + key }
 // no reader can find an old body once Write has returned, nor once anybody has seen the new rows. The change goes on
 // when the context ends. The error is change's, the context's, or says that PostgreSQL could not be reached.
 func (c *Cache) Write(ctx context.Context, keys []string, change func(context.Context, *sql.Conn) error) error {
+	if err := ctx.Err(); err != nil { // nobody waits for it
+		return err
+	}
 	_, err := within(ctx, func(ctx context.Context) (struct{}, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), statementTimeout)
 		defer cancel()
@@ -282,15 +282,22 @@ func (c *Cache) Write(ctx context.Context, keys []string, change func(context.Co
 }
 
 // write announces the change, makes it, and retracts the announcement. Where Redis could not be reached for that,
-// it tells the other replicas through PostgreSQL before it returns.
+// PostgreSQL tells the other replicas.
 func (c *Cache) write(ctx context.Context, conn *sql.Conn, keys []string, change func(context.Context, *sql.Conn) error) error {
-	w := &write{token: c.token(""), keys: keys}
+	w := &write{token: rand.Text(), keys: keys}
 	c.mu.Lock()
 	c.writes[w.token] = w
 	c.mu.Unlock()
 
+	var err error
 	announced := c.send(announceScript, w)
-	err := change(ctx, conn)
+	if !announced { // then the trigger notifies, with the commit and not after it, as it does for other sessions
+		_, err = conn.ExecContext(ctx, `SET application_name = 'desafio3 without redis'`)
+		defer func() { _, _ = conn.ExecContext(ctx, `RESET application_name`) }() // if not, it notifies more than it must
+	}
+	if err == nil {
+		err = change(ctx, conn)
+	}
 	if outcomeUnknown(err) {
 		c.forget(w) // it may yet be committed: the marks stay until they expire
 		return err
@@ -299,13 +306,13 @@ func (c *Cache) write(ctx context.Context, conn *sql.Conn, keys []string, change
 	w.over = true
 	sent := w.sent
 	c.mu.Unlock()
-	if retracted := c.send(retractScript, w); retracted || !sent {
-		c.forget(w)
-		announced = announced && retracted
-	} else {
-		announced = false // and trust is only won back together with the removal of the marks
+	retracted := c.send(retractScript, w)
+	if retracted || !sent {
+		c.forget(w) // if not, trust is only won back together with the removal of the marks
 	}
-	if err == nil && !announced {
+	if err == nil && announced && !retracted { // Redis has gone meanwhile, perhaps for another one, which has no mark
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), statementTimeout)
+		defer cancel()
 		_, err = conn.ExecContext(ctx, `SELECT pg_notify('products', $1)`, strings.TrimPrefix(keys[len(keys)-1], keyPrefix))
 	}
 	return err
@@ -325,7 +332,7 @@ func (c *Cache) send(script *redis.Script, w *write) bool {
 		_, err := c.do("EVALSHA", w.args(script.Hash())...)
 		return err == nil
 	}
-	conn, err := c.dial(context.Background())
+	conn, err := c.dial()
 	return c.use(conn, err, func(conn redis.Conn) error { return w.run(conn, script) }) == nil
 }
 
@@ -348,11 +355,6 @@ func (c *Cache) forget(w *write) {
 	c.mu.Lock()
 	delete(c.writes, w.token)
 	c.mu.Unlock()
-}
-
-// token is unique among the tokens of all replicas.
-func (c *Cache) token(prefix string) string {
-	return prefix + c.instance + strconv.FormatUint(c.tokens.Add(1), 36)
 }
 
 // do has a command sent to Redis, and returns the answer. Commands that come while others are under way wait and are
@@ -397,10 +399,8 @@ func (c *Cache) sendQueue() {
 
 // exchange sends a batch of commands and receives the answers, within redisTimeout. An error ends trust.
 func (c *Cache) exchange(batch []*command) error {
-	ctx, cancel := context.WithTimeout(context.Background(), redisTimeout)
-	defer cancel()
-	deadline, _ := ctx.Deadline()
-	return c.command(ctx, func(conn redis.Conn) error {
+	deadline := time.Now().Add(redisTimeout)
+	return c.command(func(conn redis.Conn) error {
 		for _, q := range batch {
 			if err := conn.Send(q.name, q.args...); err != nil {
 				return err
@@ -419,8 +419,11 @@ func (c *Cache) exchange(batch []*command) error {
 	})
 }
 
-// command runs f with a connection of the pool. An error ends trust.
-func (c *Cache) command(ctx context.Context, f func(redis.Conn) error) error {
+// command runs f with a connection of the pool, for which it waits no longer than redisTimeout. An error ends trust:
+// no client's context may lead to one.
+func (c *Cache) command(f func(redis.Conn) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), redisTimeout)
+	defer cancel()
 	conn, err := c.pool.GetContext(ctx)
 	return c.use(conn, err, f)
 }
@@ -443,10 +446,8 @@ func (c *Cache) use(conn redis.Conn, err error, f func(redis.Conn) error) error 
 // connect dials Redis and asks who it is. A Redis older than 7.0 lacks SET NX GET, and one that evicts keys without
 // a TTL could forget a writer: both are refused. One that is not the one last connected to may hold anything, an old
 // snapshot for example: that ends trust.
-func (c *Cache) connect(ctx context.Context, address, password string) (redis.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, redisDialTimeout)
-	defer cancel()
-	conn, err := redis.DialContext(ctx, "tcp", address, redis.DialPassword(password),
+func (c *Cache) connect(address, password string) (redis.Conn, error) {
+	conn, err := redis.Dial("tcp", address, redis.DialPassword(password), redis.DialConnectTimeout(redisDialTimeout),
 		redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(redisTimeout))
 	if err != nil {
 		return nil, err
@@ -506,30 +507,33 @@ func (c *Cache) distrust(reason error) {
 // Run hears of other sessions' changes and keeps trust, or wins it back, until the context ends.
 func (c *Cache) Run(ctx context.Context) {
 	go c.hear()
-	go func() {
+	go repeat(ctx, "not listening", func() (bool, error) {
 		err := c.listener.Listen("products") // waits for PostgreSQL
 		c.listening.Store(err == nil)
-	}()
+		return err == nil, err
+	})
 	defer c.listener.Close()
 	repeat(ctx, "cache not in use yet", func() (bool, error) { return false, c.check(ctx) })
 }
 
 // check asks Redis and the listener's connection whether they are there; without trust, it tries to win it back.
 func (c *Cache) check(ctx context.Context) error {
+	// Whatever is with Redis: a connection that PostgreSQL is not heard on for a while counts as lost.
+	listenerErr := c.listener.Ping()
 	if c.trusted() {
-		if err := c.listener.Ping(); err != nil {
-			c.distrust(err)
+		if listenerErr != nil {
+			c.distrust(listenerErr)
 		}
 		_, err := c.do("PING")
 		return err
 	}
-	conn, err := c.dial(ctx)
+	conn, err := c.dial()
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	doubts := c.doubts.Load()
-	if err := c.restore(conn); err != nil {
+	if err := c.restore(ctx, conn); err != nil {
 		return err
 	}
 	c.trustedAt.Store(doubts) // which is not the number of doubts any more, if another came up meanwhile
@@ -540,7 +544,7 @@ func (c *Cache) check(ctx context.Context) error {
 }
 
 // restore makes Redis fit to be trusted: the writers at work are announced to it, and it holds no body.
-func (c *Cache) restore(conn redis.Conn) error {
+func (c *Cache) restore(ctx context.Context, conn redis.Conn) error {
 	c.mu.Lock()
 	writes := slices.Collect(maps.Values(c.writes))
 	since := c.redisSince
@@ -570,7 +574,7 @@ func (c *Cache) restore(conn redis.Conn) error {
 			return err
 		}
 	}
-	_, err := dropAll(conn)
+	_, err := dropAll(ctx, conn)
 	return err
 }
 
@@ -597,8 +601,8 @@ func (c *Cache) announceAgain(conn redis.Conn, w *write) error {
 }
 
 // dropAll deletes every key of the cache, but not the marks of the writers, and returns how many there were.
-func dropAll(conn redis.Conn) (dropped int, err error) {
-	err = scan(conn, func(keys []any) error {
+func dropAll(ctx context.Context, conn redis.Conn) (dropped int, err error) {
+	err = scan(ctx, conn, func(keys []any) error {
 		n, err := redis.Int(conn.Do("UNLINK", keys...))
 		dropped += n
 		return err
@@ -607,8 +611,8 @@ func dropAll(conn redis.Conn) (dropped int, err error) {
 }
 
 // scan calls f with the cache's keys, some at a time, without holding up Redis as KEYS would.
-func scan(conn redis.Conn, f func(keys []any) error) error {
-	for cursor := "0"; ; {
+func scan(ctx context.Context, conn redis.Conn, f func(keys []any) error) error {
+	for cursor := "0"; ctx.Err() == nil; {
 		reply, err := redis.Values(conn.Do("SCAN", cursor, "MATCH", keyPrefix+"*", "COUNT", 1000))
 		if err != nil {
 			return err
@@ -626,6 +630,7 @@ func scan(conn redis.Conn, f func(keys []any) error) error {
 			return nil
 		}
 	}
+	return ctx.Err()
 }
 
 // hear drops what other sessions changed. The ids that come faster than they can be dropped are not worth dropping
@@ -635,19 +640,21 @@ func (c *Cache) hear() {
 		switch {
 		case n == nil: // a new connection: its loss has ended trust already
 		case n.Extra == "", len(c.listener.Notify) == cap(c.listener.Notify), !c.trusted():
-			c.distrust(errors.New("other sessions change more than can be dropped key by key"))
+			c.distrust(errors.New("other sessions changed everything, or more than can be dropped key by key"))
 		default:
-			_, _ = c.do("UNLINK", keyAll, keyPrefix+n.Extra) // an error ends trust, and then everything is dropped
+			if _, err := c.do("UNLINK", keyAll, keyPrefix+n.Extra); err != nil {
+				c.distrust(err)
+			}
 		}
 	}
 }
 
 // Clear deletes every key of the cache and returns how many there were.
 func (c *Cache) Clear(ctx context.Context) (cleared int, err error) {
-	conn, err := c.dial(ctx)
+	conn, err := c.dial()
 	if err != nil {
 		return 0, err
 	}
 	defer conn.Close()
-	return dropAll(conn)
+	return dropAll(ctx, conn)
 }

@@ -536,6 +536,17 @@ func TestSlowClients(t *testing.T) {
 			t.Errorf("a slow body was read for %v", took)
 		}
 	})
+	// A body that is whole, but later than anybody waits for the answer: nobody would know of the product.
+	late := dial()
+	clients.Go(func() {
+		const text = `{"name":"late","price":1}`
+		fmt.Fprintf(late, "POST /products HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(text), text[:9])
+		<-time.After(requestTimeout + time.Second)
+		fmt.Fprint(late, text[9:])
+		if line, err := bufio.NewReader(late).ReadString('\n'); !strings.Contains(line, " 408 ") {
+			t.Errorf("a late body: %q %v", line, err)
+		}
+	})
 	for range 5000 {
 		dial()
 	}
@@ -546,7 +557,77 @@ func TestSlowClients(t *testing.T) {
 		t.Errorf("huge headers: %d", a.status)
 	}
 	clients.Wait()
-	p.want(200, "GET", "/products", "")
+	if a := p.want(200, "GET", "/products", ""); !strings.Contains(a.body, `"count":0`) {
+		t.Errorf("a slow client has changed something: %s", a.body)
+	}
+}
+
+// TestClientsThatLeave closes connections before the answer: no client may end the trust in the cache by that.
+func TestClientsThatLeave(t *testing.T) {
+	s := startServer(t, withDatabase(t, testConfig(t)))
+	doubts := s.cache.doubts.Load()
+	for _, request := range []string{"GET /health", "GET /stats", "GET /products", "DELETE /cache/clear"} {
+		for range 100 {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: x\r\n\r\n", request)
+			conn.Close()
+		}
+		s.want(200, "GET", "/products", "")
+	}
+	if n := s.cache.doubts.Load() - doubts; n > 0 {
+		t.Errorf("%d doubts", n)
+	}
+	s.wantHealth(200, "healthy", "connected", "connected")
+}
+
+// TestAlteredTable changes the type of a column under statements that are prepared already.
+func TestAlteredTable(t *testing.T) {
+	s := startServer(t, withDatabase(t, testConfig(t)))
+	for _, kind := range []string{"bigint", "integer"} {
+		for range 2 * poolSize() { // not cached
+			s.want(200, "GET", "/products?limit=1", "")
+		}
+		mustExec(t, psql(t, s.cfg), "ALTER TABLE products ALTER stock TYPE "+kind)
+	}
+	s.want(200, "GET", "/products?limit=1", "")
+}
+
+// TestUnspeakableRow has a row of somebody else's that JSON cannot express: an error, and the service goes on.
+func TestUnspeakableRow(t *testing.T) {
+	s := startServer(t, withDatabase(t, testConfig(t)))
+	p := s.create(`{"name":"a","price":1}`)
+	path := fmt.Sprintf("/products/%d", p.ID)
+	mustExec(t, psql(t, s.cfg), "UPDATE products SET created_at = '10001-01-01'")
+	for _, path := range []string{path, "/products", "/products?limit=1"} {
+		eventually(t, "an error", func() bool { return s.send("GET", path, "").status == 500 })
+		s.want(500, "GET", path, "")
+	}
+	if _, err := psql(t, s.cfg).Exec("UPDATE products SET price = 'NaN'"); err == nil {
+		t.Error("PostgreSQL takes a price that is not a number")
+	}
+	s.want(204, "DELETE", path, "")
+	s.want(200, "GET", "/products", "")
+}
+
+// TestListenerWithoutRedis: while there is no Redis, the listener's connection is still looked after.
+func TestListenerWithoutRedis(t *testing.T) {
+	be := newBench(t)
+	be.redis.kill()
+	listeners := func() (pids string) {
+		if err := psql(t, be.cfg).QueryRow(`SELECT coalesce(string_agg(pid::text, ' ' ORDER BY pid), '') FROM pg_stat_activity
+			WHERE datname = current_database() AND query IN ('', 'LISTEN "products"')`).Scan(&pids); err != nil {
+			t.Error(err)
+		}
+		return pids
+	}
+	before := listeners()
+	<-time.After(3 * time.Second) // longer than it waits for an answer
+	if after := listeners(); before == "" || after != before {
+		t.Errorf("the listeners were %q and are %q", before, after)
+	}
 }
 
 // TestBadConfiguration names the variable and exits with 2.

@@ -34,12 +34,11 @@ func (s *server) index(w http.ResponseWriter, r *http.Request) error {
 	for _, e := range s.endpoints() {
 		list[strings.TrimSuffix(e.pattern, "{$}")] = e.about
 	}
-	respond(w, http.StatusOK, encode(struct {
+	return respondJSON(w, http.StatusOK, struct {
 		Name      string            `json:"name"`
 		Version   string            `json:"version"`
 		Endpoints map[string]string `json:"endpoints"`
-	}{"desafio3", version(), list}))
-	return nil
+	}{"desafio3", version(), list})
 }
 
 // A service is the state of one of the three.
@@ -66,8 +65,8 @@ func probe(ctx context.Context, address string, ask func(context.Context) (strin
 func (s *server) probes(ctx context.Context) (postgres, cache service) {
 	found := make(chan service, 1)
 	go func() {
-		found <- probe(ctx, net.JoinHostPort(s.cfg.redisHost, s.cfg.redisPort), func(ctx context.Context) (string, error) {
-			info, err := s.cache.info(ctx)
+		found <- probe(ctx, net.JoinHostPort(s.cfg.redisHost, s.cfg.redisPort), func(context.Context) (string, error) {
+			info, err := s.cache.info()
 			return info["redis_version"], err
 		})
 	}()
@@ -87,13 +86,12 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) error {
 	if postgres.Status != "connected" {
 		status, code = "unhealthy", http.StatusServiceUnavailable
 	}
-	respond(w, code, encode(struct {
+	return respondJSON(w, code, struct {
 		Status    string    `json:"status"`
 		Database  string    `json:"database"`
 		Cache     string    `json:"cache"`
 		Timestamp time.Time `json:"timestamp"`
-	}{status, postgres.Status, cache.Status, time.Now().UTC()}))
-	return nil
+	}{status, postgres.Status, cache.Status, time.Now().UTC()})
 }
 
 func (s *server) services(w http.ResponseWriter, r *http.Request) error {
@@ -105,15 +103,14 @@ func (s *server) services(w http.ResponseWriter, r *http.Request) error {
 		Hostname string `json:"hostname"`
 		Go       string `json:"go"`
 	}
-	respond(w, http.StatusOK, encode(struct {
+	return respondJSON(w, http.StatusOK, struct {
 		Web      web     `json:"web"`
 		Postgres service `json:"postgres"`
 		Redis    service `json:"redis"`
 	}{
 		web{service{"running", r.Host, version(), 0}, time.Since(s.started).Round(time.Second).String(), hostname, runtime.Version()},
 		postgres, cache,
-	}))
-	return nil
+	})
 }
 
 const selectStats = `
@@ -164,7 +161,7 @@ func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	d, c := s.db.Stats(), s.cache.pool.Stats()
-	respond(w, http.StatusOK, encode(struct {
+	return respondJSON(w, http.StatusOK, struct {
 		Cache    cacheStats           `json:"cache"`
 		Database databaseStats        `json:"database"`
 		Pools    map[string]poolStats `json:"pools"`
@@ -173,16 +170,15 @@ func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
 			"postgres": {d.OpenConnections, d.InUse, d.Idle, d.MaxOpenConnections, d.WaitCount, float64(d.WaitDuration.Microseconds()) / 1000},
 			"redis":    {c.ActiveCount, c.ActiveCount - c.IdleCount, c.IdleCount, s.cache.pool.MaxActive, c.WaitCount, float64(c.WaitDuration.Microseconds()) / 1000},
 		},
-	}))
-	return nil
+	})
 }
 
 // info asks Redis, if it was there a moment ago, for what INFO says of its server and its memory.
-func (c *Cache) info(ctx context.Context) (info map[string]string, err error) {
+func (c *Cache) info() (info map[string]string, err error) {
 	if !c.reachable.Load() {
 		return nil, errors.New("redis does not answer")
 	}
-	err = c.command(ctx, func(conn redis.Conn) error {
+	err = c.command(func(conn redis.Conn) error {
 		info, err = infoOf(conn, redisTimeout, "server", "memory")
 		return err
 	})
@@ -197,10 +193,10 @@ func (c *Cache) stats(ctx context.Context) cacheStats {
 	if all := st.Hits + st.Misses + st.Bypasses; all > 0 {
 		st.HitRate = float64(st.Hits) / float64(all)
 	}
-	info, err := c.info(ctx)
+	info, err := c.info()
 	if err == nil {
-		err = c.command(ctx, func(conn redis.Conn) error {
-			return scan(conn, func(keys []any) error { st.Keys += len(keys); return nil })
+		err = c.command(func(conn redis.Conn) error {
+			return scan(ctx, conn, func(keys []any) error { st.Keys += len(keys); return nil })
 		})
 	}
 	if err == nil {

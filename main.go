@@ -2,6 +2,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -174,7 +175,10 @@ func serve(ctx context.Context, cfg config) error {
 	slog.Info("stopping")
 	last, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
-	return srv.Shutdown(last)
+	if err := srv.Shutdown(last); err != nil {
+		slog.Warn("requests were cut off", "error", err)
+	}
+	return nil
 }
 
 // endpoints are all that the API answers; GET / lists them.
@@ -257,9 +261,6 @@ func (rec *recorder) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// Unwrap is for http.ResponseController.
-func (rec *recorder) Unwrap() http.ResponseWriter { return rec.ResponseWriter }
-
 // A problem is an error for the client (RFC 9457). Nothing but what is in it is ever said to a client.
 type problem struct {
 	Title  string            `json:"title"`
@@ -291,7 +292,7 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	w.Header().Set("Content-Type", "application/problem+json")
 	answer := *p // a copy, since the error of a shared lookup goes to several requests
 	answer.Title = http.StatusText(p.Status)
-	respond(w, p.Status, encode(answer))
+	_ = respondJSON(w, p.Status, answer) // texts can always be encoded
 }
 
 // respond sends a whole body with its length.
@@ -305,13 +306,22 @@ func respond(w http.ResponseWriter, status int, body []byte) {
 	_, _ = w.Write(body) // an error means that the client has gone
 }
 
-// encode returns v as a line of JSON. It panics when v cannot be encoded, which is a bug.
-func encode(v any) []byte {
-	body, err := json.Marshal(v)
-	if err != nil {
-		panic(err)
+func respondJSON(w http.ResponseWriter, status int, v any) error {
+	body, err := encode(v)
+	if err == nil {
+		respond(w, status, body)
 	}
-	return append(body, '\n')
+	return err
+}
+
+// encode returns v as a line of JSON. An error means that a row holds what JSON cannot express: somebody else than the
+// service can put the year 10000 there.
+func encode(v any) ([]byte, error) {
+	var buf bytes.Buffer
+	enc := json.NewEncoder(&buf)
+	enc.SetEscapeHTML(false)
+	err := enc.Encode(v)
+	return buf.Bytes(), err
 }
 
 // readBody returns the body of a request that must be JSON. The error is a problem.
@@ -323,7 +333,7 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if _, large := errors.AsType[*http.MaxBytesError](err); large {
 		return nil, &problem{Status: http.StatusRequestEntityTooLarge, Detail: "the body is larger than 1 MiB"}
 	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	if errors.Is(err, os.ErrDeadlineExceeded) || r.Context().Err() != nil {
 		return nil, &problem{Status: http.StatusRequestTimeout, Detail: "the body took too long to arrive"}
 	}
 	if err != nil {
@@ -350,16 +360,26 @@ func (d dialer) Dial(network, address string) (net.Conn, error) {
 
 func (d dialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
 	conn, err := net.DialTimeout(network, address, timeout)
-	return &impatientConn{conn, d.patience}, err
+	return &impatientConn{Conn: conn, patience: d.patience}, err
 }
 
 type impatientConn struct {
 	net.Conn
 	patience time.Duration
+	limit    time.Time // lib/pq's own, for the time in which it connects
+}
+
+func (c *impatientConn) SetDeadline(t time.Time) error {
+	c.limit = t
+	return c.Conn.SetDeadline(t)
 }
 
 func (c *impatientConn) Read(b []byte) (int, error) {
-	if err := c.SetReadDeadline(time.Now().Add(c.patience)); err != nil {
+	deadline := time.Now().Add(c.patience)
+	if !c.limit.IsZero() && c.limit.Before(deadline) {
+		deadline = c.limit
+	}
+	if err := c.SetReadDeadline(deadline); err != nil {
 		return 0, err
 	}
 	n, err := c.Conn.Read(b)
@@ -386,11 +406,9 @@ func (p preparer) Connect(ctx context.Context) (driver.Conn, error) {
 // A pqConn is all that database/sql uses of a connection.
 type pqConn interface {
 	driver.Conn
-	driver.ConnBeginTx
 	driver.ConnPrepareContext
 	driver.ExecerContext
 	driver.NamedValueChecker
-	driver.Pinger
 	driver.SessionResetter
 	driver.Validator
 }
@@ -409,7 +427,11 @@ func (c *preparingConn) QueryContext(ctx context.Context, query string, args []d
 		}
 		c.prepared[query] = stmt
 	}
-	return stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
+	rows, err := stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
+	if e := pq.As(err); e != nil && e.Code == "0A000" { // the table was altered, and the statement not run
+		return nil, driver.ErrBadConn
+	}
+	return rows, err
 }
 
 // openDatabase returns a pool, which connects when it is used, and the DSN behind it.
@@ -465,27 +487,12 @@ func within[T any](ctx context.Context, f func(context.Context) (T, error)) (T, 
 	}
 }
 
-// applySchema tries until PostgreSQL has taken the schema, or the context ends.
+// applySchema tries until PostgreSQL has taken the schema, all of it in one transaction, or the context ends.
 func applySchema(ctx context.Context, db *sql.DB) {
-	apply := func() error {
+	repeat(ctx, "database not ready", func() (bool, error) {
 		ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 		defer cancel()
-		tx, err := db.BeginTx(ctx, nil)
-		if err != nil {
-			return err
-		}
-		defer tx.Rollback()
-		// Replicas that start together take turns.
-		if _, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtext('desafio3 schema'))`); err != nil {
-			return err
-		}
-		if _, err := tx.ExecContext(ctx, schema); err != nil {
-			return err
-		}
-		return tx.Commit()
-	}
-	repeat(ctx, "database not ready", func() (bool, error) {
-		err := apply()
+		_, err := db.ExecContext(ctx, schema)
 		return err == nil, err
 	})
 }

@@ -208,7 +208,7 @@ func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
 		if err := p.scan(s.db.QueryRowContext(ctx, selectProduct, id)); err != nil {
 			return nil, missing(err, id)
 		}
-		return p.encode(), nil
+		return encode(&p)
 	})
 }
 
@@ -243,8 +243,7 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	w.Header().Set("Location", "/products/"+strconv.FormatInt(p.ID, 10))
-	respond(w, http.StatusCreated, p.encode())
-	return nil
+	return respondJSON(w, http.StatusCreated, &p)
 }
 
 const updateProduct = `
@@ -274,8 +273,7 @@ func (s *server) updateProduct(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	respond(w, http.StatusOK, p.encode())
-	return nil
+	return respondJSON(w, http.StatusOK, &p)
 }
 
 const deleteProduct = `
@@ -304,8 +302,7 @@ func (s *server) clearCache(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return &problem{Status: http.StatusServiceUnavailable, Detail: "cache unavailable"}
 	}
-	respond(w, http.StatusOK, encode(map[string]int{"cleared": cleared}))
-	return nil
+	return respondJSON(w, http.StatusOK, map[string]int{"cleared": cleared})
 }
 
 func productKey(id int64) string { return keyPrefix + strconv.FormatInt(id, 10) }
@@ -326,17 +323,6 @@ func missing(err error, id int64) error {
 		return noSuchProduct(id)
 	}
 	return err
-}
-
-// encode returns the product as the API shows it.
-func (p *product) encode() []byte {
-	var buf bytes.Buffer
-	enc := json.NewEncoder(&buf)
-	enc.SetEscapeHTML(false)
-	if err := enc.Encode(p); err != nil {
-		panic(err) // a product of a row can always be encoded
-	}
-	return buf.Bytes()
 }
 
 // fields are what a body sets; nil means that it does not. Price and Stock are exact digits once checked.
