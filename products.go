@@ -91,24 +91,26 @@ func parsePage(rawQuery string) (page, error) {
 	}
 	for name, values := range query {
 		value := values[0]
-		ok := true
+		ok, rule := true, ""
 		switch name {
 		case "category":
-			p.category = &value
+			p.category, rule = &value, "text of at most 100 characters"
 			ok = utf8.ValidString(value) && !strings.Contains(value, "\x00") && utf8.RuneCountInString(value) <= 100
 		case "limit":
+			rule = fmt.Sprintf("a number from 1 to %d", maxPage)
 			p.limit, err = strconv.Atoi(value)
 			ok = err == nil && p.limit >= 1 && p.limit <= maxPage && strconv.Itoa(p.limit) == value
 		case "after":
+			rule = "an id"
 			p.after, ok = parseID(value)
 		default:
-			return p, badRequest("%q is not a parameter: category, limit and after are", name)
+			return p, badRequest("%s is not a parameter: category, limit and after are", name)
 		}
 		if len(values) > 1 {
 			return p, badRequest("%s is given more than once", name)
 		}
 		if !ok {
-			return p, badRequest("category must be text of at most 100 characters, limit a number from 1 to %d, after an id", maxPage)
+			return p, badRequest("%s must be %s", name, rule)
 		}
 	}
 	return p, nil
@@ -389,7 +391,7 @@ func decodeFields(body []byte) (fields, error) {
 			err = json.Unmarshal(value, number)
 			delete(numbers, name)
 		} else {
-			return f, badRequest("%q is not a field, or is given twice", name)
+			return f, badRequest("%s is not a field, or is given twice", name)
 		}
 		if err != nil {
 			return f, badRequest("the body is not valid JSON")

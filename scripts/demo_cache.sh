@@ -16,6 +16,7 @@ as_ms() { printf '%d.%03d ms' "$(($1 / 1000))" "$(($1 % 1000))"; }
 
 title '1. An empty cache'
 claim 'the cache is in use' wait_for 10 cache_in_use
+if ((failed)); then verdict; fi # which ends this script
 request DELETE /cache/clear
 claim 'the cache is cleared' is "$status" 200
 claim 'Redis holds no list' is "$(redis_cli EXISTS products:all)" 0
@@ -76,7 +77,7 @@ claim 'the list is the first one again' is "$body" "$first"
 
 title '8. The statistics'
 request GET /stats
-say "hits: $(field hits)    misses: $(field misses)    hit rate: $(field hit_rate)    keys: $(field keys)    memory: $(field memory_used)"
+say "hits: $(field hits)    misses: $(field misses)    hit rate: $(LC_ALL=C printf '%.2f' "$(field hit_rate)")    keys: $(field keys)    memory: $(field memory_used)"
 claim 'the hits were counted' test "$(field hits)" -ge "$rounds"
 claim 'and the misses' test "$(field misses)" -ge "$rounds"
 

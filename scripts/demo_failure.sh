@@ -57,6 +57,9 @@ claim 'the product is still there' is "$status $(field price)" '200 1.00'
 claim 'the cache is in use again' wait_for 10 cache_in_use
 
 title '4. Redis stops'
+request GET "/products/$id"
+request GET "/products/$id"
+claim 'it holds the product, at 1.00' is "$cache $(field price)" 'redis; hit 1.00'
 down=redis
 control stop redis
 request GET "/products/$id"
@@ -73,10 +76,16 @@ claim 'only the cache cannot be cleared' is "$status" 503
 title '5. Redis starts, with what it held before it stopped'
 control start redis
 down=''
+loaded=$(redis_cli INFO persistence | tr -d '\r' | sed -n 's/^rdb_last_load_keys_loaded://p')
+say "redis-cli: INFO persistence  ->  rdb_last_load_keys_loaded:$loaded"
+claim 'Redis has loaded old copies from its snapshot' test "${loaded:-0}" -ge 1
 claim 'the service is healthy again' recovers
 request GET "/products/$id"
-claim 'what Redis held is not believed: the price is the new one' is "$status $(field price)" '200 2.00'
+claim 'they are not believed: the price is the new one' is "$status $(field price)" '200 2.00'
 claim 'the cache is in use again' wait_for 10 cache_in_use
+request GET "/products/$id"
+request GET "/products/$id"
+claim 'and holds the new one' is "$cache $(field price)" 'redis; hit 2.00'
 
 title '6. Redis falls silent: it takes connections and never answers'
 paused=redis

@@ -18,6 +18,11 @@ say() { printf '  %s\n' "$*"; }
 die() { printf '%serror:%s %s\n' "$red" "$plain" "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
+case ${DESAFIO3_MODE:-local} in
+local | docker) ;;
+*) die "DESAFIO3_MODE must be local or docker, not \"$DESAFIO3_MODE\"" ;;
+esac
+
 # wait_for SECONDS COMMAND...: tries the command until it succeeds, for so long at most.
 wait_for() {
   local deadline=$((SECONDS + $1))
@@ -30,8 +35,8 @@ wait_for() {
 
 # ---------------------------------------------------------------- requests and claims
 
-# request METHOD PATH [JSON]: sends it to the service and prints a line about the answer, which it
-# leaves in $status, $body, $cache (the header Cache-Status) and $micros (its time in microseconds).
+# request METHOD PATH [JSON]: sends it to the service and prints a line about the answer, and what an error
+# says. It leaves them in $status, $body, $cache (the header Cache-Status) and $micros (the microseconds).
 request() {
   local answer head
   status=000 body='' cache='' micros=0
@@ -44,10 +49,12 @@ request() {
     read -r _ status _ <<<"$head"
     if [[ $head =~ Cache-Status:\ ([^$'\n']*) ]]; then cache=${BASH_REMATCH[1]}; fi
   else
-    body=$answer
+    body=${answer%$'\n'*}
   fi
-  say "$(printf '%-6s %-28s %s  %-16s %6d.%d ms' "$1" "$2" "$status" "$cache" \
+  say "$(printf '%-6s %-34s %s  %-17s %6d.%d ms' "$1" "$2" "$status" "$cache" \
     "$((micros / 1000))" "$((micros % 1000 / 100))")"
+  if [[ -n ${3:-} ]]; then say "       $3"; fi
+  if ((10#$status >= 400)) && has "$body" '"detail"'; then say "       $(field detail)"; fi
 }
 
 # field NAME: the first value under that name in the last answer.
@@ -281,7 +288,7 @@ running_mode() {
     echo "$DESAFIO3_MODE"
   elif [[ -e $state/env ]]; then # from start to stop
     echo local
-  elif have docker && [[ -n $(docker ps -aq -f "name=^$project-web\$" 2>/dev/null) ]]; then
+  elif have docker && [[ -n $(docker ps -aq -f "label=com.docker.compose.project=$project" 2>/dev/null) ]]; then
     echo docker
   else
     return 1
@@ -298,7 +305,8 @@ attach() {
     find_postgres || true # for psql
     # shellcheck source=/dev/null
     source "$state/env" # its ports and passwords
-    url=http://127.0.0.1:$WEB_PORT
+    alive "$state/web.pid" "$state/web" || die 'the service has ended: ./scripts/logs.sh web says why, ./scripts/start.sh starts it'
+    url=http://${BIND_ADDRESS/#0.0.0.0/127.0.0.1}:$WEB_PORT
   else
     url=$(docker port "$project-web" 8000 2>/dev/null | head -n 1) || true
     [[ -n $url ]] || die "$not_running"

@@ -18,7 +18,7 @@ add() {
 }
 
 title 'Products'
-request GET /products
+request GET '/products?limit=1000' # which is not cached: the first to ask for /products shall see a miss
 is "$status" 200 || die "could not list the products: $body"
 catalogue=$body
 
@@ -31,5 +31,5 @@ add 'Tênis de Corrida' 'Leve e com amortecimento, para treinos e provas de rua'
 add 'Bicicleta Mountain Bike' 'Aro 29, 21 marchas e freio a disco' 1899.00 15 sports
 add 'Cafeteira Elétrica' 'Prepara até 30 xícaras e mantém o café aquecido' 199.90 35 home
 
-request GET /products
+request GET '/products?limit=1000'
 title "The catalogue holds $(field count) products"

@@ -45,11 +45,16 @@ named_ports() {
     $1 == "published:" { gsub(/"/, "", $2); print name, $2 }'
 }
 
+# what_it_logged: the last lines, without those of the health checks.
+what_it_logged() { grep -v path=/health | tail -n 20 | sed 's/^/    | /' || true; }
+
 refuse_port() { die "port $2 is already in use: stop what uses it, or choose another one with $1=..."; }
 
 start_docker() {
   local name port service found bad=''
   title 'Starting with Docker Compose'
+  if [[ -e $state ]]; then say "What the stack without Docker holds stays in $state."; fi
+  docker compose config --quiet || die 'Compose does not take these variables'
   while read -r name port; do
     if port_taken "$port" &&
       [[ -z $(docker ps -q -f "publish=$port" -f "label=com.docker.compose.project=$project") ]]; then
@@ -60,26 +65,33 @@ start_docker() {
   # Compose starts "web" when the other two are healthy. How it all went is read off the containers.
   if docker compose up --detach --build; then
     say 'waiting until all three are healthy'
-    wait_for 90 all_healthy || true
+    wait_for 90 settled || true
   fi
   title 'State'
   for service in postgres redis web; do
     found=$(container_state "$service")
+    found=${found:-not there}
     say "$(printf '%-22s %s' "$project-$service" "$found")"
     if ! is "$found" healthy; then
       bad=yes
-      docker compose logs --no-log-prefix --tail 20 "$service" 2>&1 | sed 's/^/    | /'
+      docker compose logs --no-log-prefix --tail 200 "$service" 2>&1 | what_it_logged
     fi
   done
   [[ -z $bad ]] || die "the stack did not become healthy"
 }
 
-# container_state SERVICE: healthy, starting, unhealthy, exited...
+# container_state SERVICE...: a line each: healthy, starting, unhealthy, restarting, exited...
 container_state() {
-  docker inspect -f '{{if .State.Running}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' \
-    "$project-$1" 2>/dev/null || echo 'not there'
+  docker inspect -f '{{if eq .State.Status "running"}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' \
+    "${@/#/$project-}" 2>/dev/null || true
 }
-all_healthy() { is "$(container_state postgres) $(container_state redis) $(container_state web)" 'healthy healthy healthy'; }
+
+# settled: all three are healthy, or the service has ended, as it does when it cannot take a variable.
+settled() {
+  local all
+  all=$(container_state postgres redis web)
+  is "$all" $'healthy\nhealthy\nhealthy' || [[ $all == *restarting || $all == *exited ]]
+}
 
 start_local() {
   local name value wanted=${WEB_PORT:-8000}
@@ -91,6 +103,7 @@ start_local() {
   POSTGRES_PORT='' REDIS_PORT=''
   # shellcheck source=/dev/null
   if [[ -e $state/env ]]; then source "$state/env"; fi
+  if alive "$state/web.pid" "$state/web"; then say 'It runs already: other settings count after ./scripts/stop.sh.'; fi
   if ! alive "$state/web.pid" "$state/web"; then
     WEB_PORT=$wanted
     if port_taken "$WEB_PORT"; then refuse_port WEB_PORT "$WEB_PORT"; fi
@@ -103,7 +116,7 @@ start_local() {
     POSTGRES_PASSWORD=${POSTGRES_PASSWORD:-postgres123} REDIS_PASSWORD=${REDIS_PASSWORD:-}
   mkdir -p "$state"
   # The other scripts read this file. It holds passwords.
-  for name in WEB_PORT POSTGRES_PORT POSTGRES_DB POSTGRES_USER POSTGRES_PASSWORD REDIS_PORT REDIS_PASSWORD; do
+  for name in BIND_ADDRESS WEB_PORT POSTGRES_PORT POSTGRES_DB POSTGRES_USER POSTGRES_PASSWORD REDIS_PORT REDIS_PASSWORD; do
     value=${!name}
     printf '%s=%q\n' "$name" "$value"
   done | (umask 077 && cat >"$state/env")
@@ -125,7 +138,7 @@ start_local() {
   fi
   wait_for 60 service_is_healthy_or_gone || true
   if ! service_is_healthy; then
-    tail -n 20 "$state/web.log" | sed 's/^/    | /'
+    what_it_logged <"$state/web.log"
     die 'the service did not become healthy'
   fi
   title 'State'
@@ -133,13 +146,13 @@ start_local() {
   say "redis     running  127.0.0.1:$REDIS_PORT"
   say "web       healthy  http://localhost:$WEB_PORT"
 }
-service_is_healthy() { has "$(curl -s -m 5 "http://127.0.0.1:$WEB_PORT/health")" '"healthy"'; }
+service_is_healthy() { has "$(curl -s -m 5 "http://${BIND_ADDRESS/#0.0.0.0/127.0.0.1}:$WEB_PORT/health")" '"healthy"'; }
 service_is_healthy_or_gone() { service_is_healthy || ! alive "$state/web.pid" "$state/web"; }
 
 mode=$(running_mode || true)
 if is "$mode" local; then
   start_local
-elif [[ $mode == docker || -z $mode ]]; then
+else
   reason=$(why_not_docker)
   if [[ -z $reason ]]; then
     start_docker
@@ -149,8 +162,6 @@ elif [[ $mode == docker || -z $mode ]]; then
     say "Not using Docker: $reason."
     start_local
   fi
-else
-  die "DESAFIO3_MODE must be local or docker, not \"$mode\""
 fi
 
 attach

@@ -20,6 +20,7 @@ claim 'PostgreSQL has it' is "$row" "$name"
 
 title '2. Web to Redis'
 claim 'the cache is in use' wait_for 10 cache_in_use
+if ((failed)); then verdict; fi # which ends this script
 request GET "/products/$id"
 value=$(redis_cli GET "products:$id")
 say "redis-cli: GET products:$id  ->  $value"
