@@ -358,7 +358,8 @@ func (c *Cache) forget(w *write) {
 }
 
 // do has a command sent to Redis, and returns the answer. Commands that come while others are under way wait and are
-// sent together, in one round trip. The time is bounded: redisTimeout for those, and as much for its own.
+// sent together, in one round trip. The time is bounded: redisTimeout, or what a new connection takes, for those and
+// as much for its own.
 func (c *Cache) do(name string, args ...any) (any, error) {
 	q := &command{name: name, args: args, done: make(chan struct{})}
 	c.mu.Lock()
