@@ -117,6 +117,7 @@ func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 		lookups: map[string]*lookup{}, writes: map[string]*write{},
 	}
 	c.doubts.Store(1)
+	c.reachable.Store(true) // until it is found not to be: the first write, too, must announce itself
 	c.dial = func() (redis.Conn, error) {
 		conn, err := c.connect(net.JoinHostPort(cfg.redisHost, cfg.redisPort), cfg.redisPassword)
 		c.reachable.Store(err == nil)

@@ -202,6 +202,27 @@ func TestNeverBackInTime(t *testing.T) {
 	wait()
 }
 
+// A replica that has just started, and does not know Redis yet, announces its first write like any other.
+func TestFirstWrite(t *testing.T) {
+	be := newBench(t)
+	db, dsn, err := openDatabase(be.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	starting := newCache(be.cfg, db, dsn)
+	defer starting.listener.Close()
+	if err := starting.Write(t.Context(), be.keys, func(ctx context.Context, conn *sql.Conn) error {
+		if n := be.redis.do("EXISTS", marks(keyAll), marks(productKey(be.id))); n != int64(2) {
+			t.Errorf("%v marks", n)
+		}
+		return be.commit(1)(ctx, conn)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	be.read(be.a, 1)
+}
+
 // A writer dies after its commit: it leaves empty keys and a mark that expires, never a stale body.
 func TestWriterDies(t *testing.T) {
 	be := newBench(t)
