@@ -57,9 +57,9 @@ const (
 // by the database; the README gives its four rules. Get reads, Write writes, Run must run.
 type Cache struct {
 	db       *sql.DB
-	listener *pq.Listener // hears of changes made by other sessions
-	pool     *redis.Pool  // serves while the cache is trusted
-	dial     func() (redis.Conn, error)
+	listener *pq.Listener                              // hears of changes made by other sessions
+	pool     *redis.Pool                               // serves while the cache is trusted
+	dial     func(context.Context) (redis.Conn, error) // never with a client's, whose end would be taken for Redis's
 	ttl      time.Duration
 
 	// The cache is trusted while trustedAt equals doubts. To doubt is to count up, so a doubt that comes
@@ -118,13 +118,13 @@ func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 	}
 	c.doubts.Store(1)
 	c.reachable.Store(true) // until it is found not to be: the first write, too, must announce itself
-	c.dial = func() (redis.Conn, error) {
-		conn, err := c.connect(net.JoinHostPort(cfg.redisHost, cfg.redisPort), cfg.redisPassword)
+	c.dial = func(ctx context.Context) (redis.Conn, error) {
+		conn, err := c.connect(ctx, net.JoinHostPort(cfg.redisHost, cfg.redisPort), cfg.redisPassword)
 		c.reachable.Store(err == nil)
 		return conn, err
 	}
 	c.pool = &redis.Pool{
-		Dial: c.dial, MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, IdleTimeout: 5 * time.Minute,
+		DialContext: c.dial, MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, IdleTimeout: 5 * time.Minute,
 		TestOnBorrow: func(_ redis.Conn, used time.Time) error {
 			if used.UnixNano() <= c.doubtedAt.Load() {
 				return errors.New("a connection from before the last doubt")
@@ -333,7 +333,7 @@ func (c *Cache) send(script *redis.Script, w *write) bool {
 		_, err := c.do("EVALSHA", w.args(script.Hash())...)
 		return err == nil
 	}
-	conn, err := c.dial()
+	conn, err := c.dial(context.Background())
 	return c.use(conn, err, func(conn redis.Conn) error { return w.run(conn, script) }) == nil
 }
 
@@ -421,8 +421,7 @@ func (c *Cache) exchange(batch []*command) error {
 	})
 }
 
-// command runs f with a connection of the pool, for which it waits no longer than redisTimeout. An error ends trust:
-// no client's context may lead to one.
+// command runs f with a connection of the pool, for which it waits no longer than redisTimeout. An error ends trust.
 func (c *Cache) command(f func(redis.Conn) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), redisTimeout)
 	defer cancel()
@@ -448,8 +447,8 @@ func (c *Cache) use(conn redis.Conn, err error, f func(redis.Conn) error) error 
 // connect dials Redis and asks who it is. A Redis older than 7.0 lacks SET NX GET, and one that evicts keys without
 // a TTL could forget a writer: both are refused. One that is not the one last connected to may hold anything, an old
 // snapshot for example: that ends trust.
-func (c *Cache) connect(address, password string) (redis.Conn, error) {
-	conn, err := redis.Dial("tcp", address, redis.DialPassword(password), redis.DialConnectTimeout(redisDialTimeout),
+func (c *Cache) connect(ctx context.Context, address, password string) (redis.Conn, error) {
+	conn, err := redis.DialContext(ctx, "tcp", address, redis.DialPassword(password), redis.DialConnectTimeout(redisDialTimeout),
 		redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(redisTimeout))
 	if err != nil {
 		return nil, err
@@ -529,7 +528,7 @@ func (c *Cache) check(ctx context.Context) error {
 		_, err := c.do("PING")
 		return err
 	}
-	conn, err := c.dial()
+	conn, err := c.dial(ctx)
 	if err != nil {
 		return err
 	}
@@ -653,7 +652,7 @@ func (c *Cache) hear() {
 
 // Clear deletes every key of the cache and returns how many there were.
 func (c *Cache) Clear(ctx context.Context) (cleared int, err error) {
-	conn, err := c.dial()
+	conn, err := c.dial(context.WithoutCancel(ctx))
 	if err != nil {
 		return 0, err
 	}
