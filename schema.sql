@@ -20,7 +20,8 @@ CREATE TABLE IF NOT EXISTS products (
 CREATE INDEX IF NOT EXISTS products_category_id ON products (category, id);
 
 -- What other sessions change (psql, a migration), the service hears of here and drops from the cache.
--- It takes care of its own writes itself, because NOTIFY makes commits wait for one another.
+-- It takes care of its own writes itself, because NOTIFY makes commits wait for one another; a writer
+-- that cannot reach Redis writes under another name, so that the trigger tells the replicas that can.
 CREATE OR REPLACE FUNCTION products_notify() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
