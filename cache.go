@@ -30,8 +30,8 @@ const (
 	redisTimeout     = 700 * time.Millisecond     // for one command
 	redisDialTimeout = 500 * time.Millisecond     // for a new connection, and again for the questions asked on it
 	statementTimeout = 5 * time.Second            // PostgreSQL ends a statement after this
-	lookupTimeout    = 5 * time.Second            // a reader's lease lasts as long as its lookup may
-	markLife         = 12 * time.Second           // > 2*redisTimeout + statementTimeout + lookupTimeout
+	leaseLife        = requestTimeout             // a reader's lease lasts as long as its lookup may
+	markLife         = 12 * time.Second           // > 2*redisTimeout + statementTimeout + leaseLife
 	heartbeat        = 200 * time.Millisecond     // how often trust is checked, or won back
 	redisGrace       = redisTimeout + 3*heartbeat // for every replica to notice a Redis that came back
 )
@@ -146,7 +146,7 @@ func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 // The body is never older than the call, nor than any body returned before the call; it is shared and must not be
 // changed. Requests share lookups, but never one that began before they arrived, since that may have read a row
 // that was replaced before: one lookup of a key runs, one waits, and whoever comes joins the one that waits. The
-// error is load's, or the context's.
+// error is load's, the context's, or context.DeadlineExceeded after requestTimeout.
 func (c *Cache) Get(ctx context.Context, key string, load func(context.Context) ([]byte, error)) ([]byte, source, error) {
 	c.mu.Lock()
 	mine := &lookup{load: load, done: make(chan struct{})}
@@ -163,6 +163,8 @@ func (c *Cache) Get(ctx context.Context, key string, load func(context.Context) 
 	select {
 	case <-ctx.Done():
 		return nil, "", ctx.Err()
+	case <-time.After(requestTimeout):
+		return nil, "", context.DeadlineExceeded
 	case <-mine.done:
 	}
 	switch mine.source {
@@ -179,9 +181,7 @@ func (c *Cache) Get(ctx context.Context, key string, load func(context.Context) 
 // run does the lookups of key one after the other until nobody waits. They outlive the requests that began them.
 func (c *Cache) run(key string, l *lookup) {
 	for l != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
-		l.body, l.source, l.err = c.look(ctx, key, func(ctx context.Context) ([]byte, error) { return within(ctx, l.load) })
-		cancel()
+		l.body, l.source, l.err = c.look(key, func() ([]byte, error) { return within(context.Background(), l.load) })
 		if key == keyAll { // alone here: one lookup of a key runs
 			if bytes.Equal(l.body, c.list) {
 				l.body = c.list
@@ -200,23 +200,23 @@ func (c *Cache) run(key string, l *lookup) {
 
 // look asks Redis for the body of key and takes the lease on it where there is none, in one command. Only with its
 // own lease may it fill the key with what it loads.
-func (c *Cache) look(ctx context.Context, key string, load func(context.Context) ([]byte, error)) ([]byte, source, error) {
+func (c *Cache) look(key string, load func() ([]byte, error)) ([]byte, source, error) {
 	doubts := c.doubts.Load()
 	if c.trustedAt.Load() != doubts {
-		body, err := load(ctx)
+		body, err := load()
 		return body, bypass, err
 	}
 	token := lease + rand.Text()
-	held, err := c.do("SET", key, token, "NX", "GET", "EX", int(lookupTimeout.Seconds()))
+	held, err := c.do("SET", key, token, "NX", "GET", "EX", int(leaseLife.Seconds()))
 	if err != nil || c.doubts.Load() != doubts {
-		body, err := load(ctx)
+		body, err := load()
 		return body, bypass, err
 	}
 	old, _ := held.([]byte)
 	if old != nil && !bytes.HasPrefix(old, []byte(lease)) {
 		return old, hit, nil
 	}
-	body, err := load(ctx)
+	body, err := load()
 	if old == nil {
 		fill := body
 		if err != nil {
@@ -534,7 +534,7 @@ func (c *Cache) check(ctx context.Context) error {
 	}
 	defer conn.Close()
 	doubts := c.doubts.Load()
-	if err := c.restore(ctx, conn); err != nil {
+	if err := c.restore(conn); err != nil {
 		return err
 	}
 	c.trustedAt.Store(doubts) // which is not the number of doubts any more, if another came up meanwhile
@@ -545,7 +545,7 @@ func (c *Cache) check(ctx context.Context) error {
 }
 
 // restore makes Redis fit to be trusted: the writers at work are announced to it, and it holds no body.
-func (c *Cache) restore(ctx context.Context, conn redis.Conn) error {
+func (c *Cache) restore(conn redis.Conn) error {
 	c.mu.Lock()
 	writes := slices.Collect(maps.Values(c.writes))
 	since := c.redisSince
@@ -575,7 +575,7 @@ func (c *Cache) restore(ctx context.Context, conn redis.Conn) error {
 			return err
 		}
 	}
-	_, err := dropAll(ctx, conn)
+	_, err := dropAll(conn)
 	return err
 }
 
@@ -602,8 +602,8 @@ func (c *Cache) announceAgain(conn redis.Conn, w *write) error {
 }
 
 // dropAll deletes every key of the cache, but not the marks of the writers, and returns how many there were.
-func dropAll(ctx context.Context, conn redis.Conn) (dropped int, err error) {
-	err = scan(ctx, conn, func(keys []any) error {
+func dropAll(conn redis.Conn) (dropped int, err error) {
+	err = scan(conn, func(keys []any) error {
 		n, err := redis.Int(conn.Do("UNLINK", keys...))
 		dropped += n
 		return err
@@ -612,8 +612,9 @@ func dropAll(ctx context.Context, conn redis.Conn) (dropped int, err error) {
 }
 
 // scan calls f with the cache's keys, some at a time, without holding up Redis as KEYS would.
-func scan(ctx context.Context, conn redis.Conn, f func(keys []any) error) error {
-	for cursor := "0"; ctx.Err() == nil; {
+func scan(conn redis.Conn, f func(keys []any) error) error {
+	began := time.Now()
+	for cursor := "0"; time.Since(began) < requestTimeout; {
 		reply, err := redis.Values(conn.Do("SCAN", cursor, "MATCH", keyPrefix+"*", "COUNT", 1000))
 		if err != nil {
 			return err
@@ -631,7 +632,7 @@ func scan(ctx context.Context, conn redis.Conn, f func(keys []any) error) error 
 			return nil
 		}
 	}
-	return ctx.Err()
+	return context.DeadlineExceeded
 }
 
 // hear drops what other sessions changed. The ids that come faster than they can be dropped are not worth dropping
@@ -657,5 +658,5 @@ func (c *Cache) Clear(ctx context.Context) (cleared int, err error) {
 		return 0, err
 	}
 	defer conn.Close()
-	return dropAll(ctx, conn)
+	return dropAll(conn)
 }

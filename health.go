@@ -166,7 +166,7 @@ func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
 		Database databaseStats        `json:"database"`
 		Pools    map[string]poolStats `json:"pools"`
 	}{
-		s.cache.stats(r.Context()), db, map[string]poolStats{
+		s.cache.stats(), db, map[string]poolStats{
 			"postgres": {d.OpenConnections, d.InUse, d.Idle, d.MaxOpenConnections, d.WaitCount, float64(d.WaitDuration.Microseconds()) / 1000},
 			"redis":    {c.ActiveCount, c.ActiveCount - c.IdleCount, c.IdleCount, s.cache.pool.MaxActive, c.WaitCount, float64(c.WaitDuration.Microseconds()) / 1000},
 		},
@@ -185,7 +185,7 @@ func (c *Cache) info() (info map[string]string, err error) {
 	return info, err
 }
 
-func (c *Cache) stats(ctx context.Context) cacheStats {
+func (c *Cache) stats() cacheStats {
 	st := cacheStats{
 		Status: "disconnected", Trusted: c.trusted(), TTL: int(c.ttl.Seconds()),
 		Hits: c.hits.Load(), Misses: c.misses.Load(), Bypasses: c.bypasses.Load(),
@@ -196,7 +196,7 @@ func (c *Cache) stats(ctx context.Context) cacheStats {
 	info, err := c.info()
 	if err == nil {
 		err = c.command(func(conn redis.Conn) error {
-			return scan(ctx, conn, func(keys []any) error { st.Keys += len(keys); return nil })
+			return scan(conn, func(keys []any) error { st.Keys += len(keys); return nil })
 		})
 	}
 	if err == nil {

@@ -207,9 +207,7 @@ func (s *server) handler() http.Handler {
 	mux := http.NewServeMux()
 	for _, e := range s.endpoints() {
 		mux.HandleFunc(e.pattern, func(w http.ResponseWriter, r *http.Request) {
-			ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
-			defer cancel()
-			if err := e.handle(w, r.WithContext(ctx)); err != nil {
+			if err := e.handle(w, r); err != nil {
 				respondError(w, r, err)
 			}
 		})
@@ -333,7 +331,7 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if _, large := errors.AsType[*http.MaxBytesError](err); large {
 		return nil, &problem{Status: http.StatusRequestEntityTooLarge, Detail: "the body is larger than 1 MiB"}
 	}
-	if errors.Is(err, os.ErrDeadlineExceeded) || r.Context().Err() != nil {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return nil, &problem{Status: http.StatusRequestTimeout, Detail: "the body took too long to arrive"}
 	}
 	if err != nil {
@@ -466,9 +464,11 @@ func openDatabase(cfg config) (*sql.DB, string, error) {
 	return db, dsn, nil
 }
 
-// within returns what f returns, or the context's error when that ends first: a driver that waits for a silent server
-// may notice late. Then f goes on by itself.
+// within returns what f returns, or the context's error when that ends first or requestTimeout is over: a driver that
+// waits for a silent server may notice late. Then f goes on by itself.
 func within[T any](ctx context.Context, f func(context.Context) (T, error)) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
 	type result struct {
 		value T
 		err   error
