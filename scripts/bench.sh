@@ -30,9 +30,7 @@ finish() {
 		kill "$pid" 2>/dev/null || true
 		wait "$pid" 2>/dev/null || true
 	done
-	stop_redis "$dir" || true
-	stop_postgres "$dir" immediate || true
-	erase "$dir"
+	remove_servers "$dir"
 }
 trap finish EXIT
 trap 'exit 130' INT
@@ -282,49 +280,32 @@ func cold(service string) {
 GO
 (cd "$dir/helper" && go build -o ../bench .)
 
-export POSTGRES_HOST=127.0.0.1 POSTGRES_PORT POSTGRES_DB=products_db POSTGRES_USER=postgres POSTGRES_PASSWORD=bench
-export REDIS_HOST=127.0.0.1 REDIS_PORT REDIS_PASSWORD=''
-POSTGRES_PORT=$(free_port)
-start_postgres "$dir" "$POSTGRES_PORT" -c shared_preload_libraries=pg_stat_statements
-REDIS_PORT=$(free_port)
-start_redis "$dir" "$REDIS_PORT"
+export POSTGRES_ARGS='-c shared_preload_libraries=pg_stat_statements'
+private_servers "$dir"
 web_port=$(free_port)
 export PORT=$web_port
 bare_port=$(free_port)
 textbook_port=$(free_port)
 web=http://127.0.0.1:$web_port bare=http://127.0.0.1:$bare_port textbook=http://127.0.0.1:$textbook_port
 
-query() { PGPASSWORD=$POSTGRES_PASSWORD psql -qAtX -h 127.0.0.1 -p "$POSTGRES_PORT" -U "$POSTGRES_USER" "$POSTGRES_DB" -c "$1"; }
+# For sql and cache_in_use.
+mode=local url=$web
 
 # products N replaces the catalogue by N products, and waits until the cache is in use again.
 products() {
-	query "TRUNCATE products RESTART IDENTITY;
+	sql "TRUNCATE products RESTART IDENTITY;
 	     INSERT INTO products (name, description, price, stock, category)
 	     SELECT 'Product ' || n, 'A product like any other, with a description of a usual length.', n % 1000 + 0.99, n % 100, 'category ' || n % 10
-	     FROM generate_series(1, $1) n" && query "VACUUM ANALYZE products"
-	for _ in {1..100}; do
-		sleep 0.1
-		curl -s "$web/products?limit=1" >/dev/null
-		if curl -s "$web/stats" | grep -q '"trusted":true'; then
-			sleep 1 # a trust that is not about to end again
-			return
-		fi
-	done
-	progress "the cache is not in use after 10 s"
-	exit 1
+	     FROM generate_series(1, $1) n" && sql "VACUUM ANALYZE products"
+	sleep 1 # until all notifications are there, so that no trust is about to end again
+	wait_for 10 cache_in_use || die 'the cache is not in use after 10 s'
 }
 
 start_web() {
 	"$dir/web" 2>>"$dir/web.log" &
 	web_pid=$!
 	pids+=("$web_pid")
-	for _ in {1..100}; do
-		if curl -sf "$web/health" >/dev/null; then return; fi
-		sleep 0.1
-	done
-	progress "the service does not answer:"
-	tail "$dir/web.log" >&2
-	exit 1
+	wait_for 10 curl -sf -o "$dir/answer" "$web/health" || die "the service does not answer: $(tail "$dir/web.log")"
 }
 
 # peak prints the most memory that the service has had since it started.
@@ -399,12 +380,7 @@ start_bare() {
 	"$dir/bench" bare "127.0.0.1:$bare_port" "$web" "$1" &
 	bare_pid=$!
 	pids+=("$bare_pid")
-	for _ in {1..100}; do
-		if curl -sf "$bare/products" >/dev/null; then return; fi
-		sleep 0.1
-	done
-	progress "the bare handler does not answer"
-	exit 1
+	wait_for 10 curl -sf -o "$dir/answer" "$bare/products" || die 'the bare handler does not answer'
 }
 
 start_web
@@ -507,11 +483,9 @@ done
 if [ -n "$growth" ]; then
 	echo
 	echo "the plans with $n products:"
-	query "EXPLAIN (ANALYZE, COSTS off, TIMING off, SUMMARY off) SELECT * FROM products WHERE id = $((n / 2))"
-	echo
-	query "EXPLAIN (ANALYZE, COSTS off, TIMING off, SUMMARY off) SELECT * FROM products WHERE id > $((n / 2)) ORDER BY id LIMIT 21"
-	echo
-	query "EXPLAIN (ANALYZE, COSTS off, TIMING off, SUMMARY off) SELECT * FROM products WHERE id > 0 AND category = 'category 1' ORDER BY id LIMIT 21"
-	echo
-	query "EXPLAIN (ANALYZE, COSTS off, TIMING off, SUMMARY off) SELECT * FROM products ORDER BY id"
+	for rows in "WHERE id = $((n / 2))" "WHERE id > $((n / 2)) ORDER BY id LIMIT 21" \
+		"WHERE id > 0 AND category = 'category 1' ORDER BY id LIMIT 21" 'ORDER BY id'; do
+		sql "EXPLAIN (ANALYZE, COSTS off, TIMING off, SUMMARY off) SELECT * FROM products $rows"
+		echo
+	done
 fi

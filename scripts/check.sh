@@ -48,9 +48,7 @@ clean_up() {
     wait "$job" 2>/dev/null || true
   fi
   if [[ -e $TEST_DIR ]]; then
-    stop_redis "$TEST_DIR" || true
-    stop_postgres "$TEST_DIR" immediate || true
-    erase "$TEST_DIR"
+    remove_servers "$TEST_DIR"
   fi
   # Nothing to do where the end-to-end run came to its end: it cleans up itself.
   DESAFIO3_MODE='' ./scripts/clean.sh >/dev/null 2>&1 || true
@@ -69,15 +67,6 @@ well_formatted() {
     printf 'run gofmt -w on:\n%s\n' "$files"
     return 1
   fi
-}
-
-test_servers() {
-  export POSTGRES_ARGS='-c fsync=off' POSTGRES_HOST=127.0.0.1 POSTGRES_PORT POSTGRES_DB=products_db POSTGRES_USER=postgres \
-    POSTGRES_PASSWORD=postgres123 REDIS_HOST=127.0.0.1 REDIS_PORT RACE=1
-  POSTGRES_PORT=$(free_port)
-  start_postgres "$TEST_DIR" "$POSTGRES_PORT"
-  REDIS_PORT=$(free_port)
-  start_redis "$TEST_DIR" "$REDIS_PORT"
 }
 
 # end_to_end MODE: what a user does with the stack, in the order of the README.
@@ -133,7 +122,8 @@ need shellcheck 2>/dev/null || say 'shellcheck is not installed: the scripts are
 step 'gofmt' well_formatted
 step 'go vet' go vet ./...
 if have shellcheck; then step 'shellcheck' shellcheck -x scripts/*.sh .ci/run; fi
-test_servers
+export POSTGRES_ARGS='-c fsync=off' RACE=1 # RACE: in the replicas of TestPromise, too
+private_servers "$TEST_DIR"
 step 'go test -race' go test -race -v -count=1 -timeout 90m ./...
 stop_redis "$TEST_DIR"
 stop_postgres "$TEST_DIR" immediate

@@ -8,7 +8,7 @@ attach
 
 rounds=100
 id=''
-trap 'if [[ -n $id ]]; then request DELETE "/products/$id" >/dev/null; fi' EXIT
+trap delete_product EXIT
 
 # median: of the numbers on its input, a line each.
 median() { sort -n | awk '{ n[NR] = $1 } END { print n[int((NR + 1) / 2)] }'; }

@@ -256,6 +256,24 @@ local_redis() {
   ${REDIS_PASSWORD:+env "REDISCLI_AUTH=$REDIS_PASSWORD"} "${server%-server}-cli" -h 127.0.0.1 -p "$port" "$@"
 }
 
+# private_servers DIR: a PostgreSQL and a Redis of a test's own, in DIR and on free ports, which everything that
+# is started afterwards finds in its environment.
+private_servers() {
+  export POSTGRES_HOST=127.0.0.1 POSTGRES_PORT POSTGRES_DB=products_db POSTGRES_USER=postgres \
+    POSTGRES_PASSWORD=postgres123 REDIS_HOST=127.0.0.1 REDIS_PORT REDIS_PASSWORD=''
+  POSTGRES_PORT=$(free_port)
+  start_postgres "$1" "$POSTGRES_PORT"
+  REDIS_PORT=$(free_port)
+  start_redis "$1" "$REDIS_PORT"
+}
+
+# remove_servers DIR: stops them and erases DIR.
+remove_servers() {
+  stop_redis "$1" || true
+  stop_postgres "$1" immediate || true
+  erase "$1"
+}
+
 redis_answers() { is "$(local_redis "$1" ping 2>/dev/null)" PONG; }
 
 # alive PIDFILE NAME: the process noted there runs, and is the one we mean: NAME is in its command line.
@@ -306,13 +324,19 @@ attach() {
     # shellcheck source=/dev/null
     source "$state/env" # its ports and passwords
     alive "$state/web.pid" "$state/web" || die 'the service has ended: ./scripts/logs.sh web says why, ./scripts/start.sh starts it'
-    url=http://${BIND_ADDRESS/#0.0.0.0/127.0.0.1}:$WEB_PORT
+    url=$(local_url)
   else
     url=$(docker port "$project-web" 8000 2>/dev/null | head -n 1) || true
     [[ -n $url ]] || die "$not_running"
     url=http://${url/#0.0.0.0/127.0.0.1}
   fi
 }
+
+# local_url: where the service without Docker answers.
+local_url() { echo "http://${BIND_ADDRESS/#0.0.0.0/127.0.0.1}:$WEB_PORT"; }
+
+# delete_product: deletes the product $id that a script has made, if it has not done so itself.
+delete_product() { if [[ -n $id ]]; then request DELETE "/products/$id" >/dev/null; fi; }
 
 # stop_local: ends the stack without Docker and keeps its data.
 stop_local() {

@@ -13,21 +13,15 @@ have perl || die 'perl is needed'
 
 copy=$(mktemp -d)
 chmod 711 "$copy" # for the user that PostgreSQL runs as
-export TEST_DIR=$copy/state POSTGRES_HOST=127.0.0.1 POSTGRES_USER=postgres POSTGRES_PASSWORD=postgres123 \
-  POSTGRES_DB=products_db REDIS_HOST=127.0.0.1 REDIS_PASSWORD=''
-POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
-export POSTGRES_PORT REDIS_PORT PROMISE=${PROMISE:-40000}
+export TEST_DIR=$copy/state POSTGRES_ARGS='-c fsync=off' PROMISE=${PROMISE:-40000}
 
 finish() {
-  stop_redis "$TEST_DIR" || true
-  stop_postgres "$TEST_DIR" immediate || true
-  erase "$TEST_DIR"
+  remove_servers "$TEST_DIR"
   rm -rf "$copy"
 }
 trap finish EXIT
 
-start_postgres "$TEST_DIR" "$POSTGRES_PORT" -c fsync=off
-start_redis "$TEST_DIR" "$REDIS_PORT"
+private_servers "$TEST_DIR"
 
 wanted=" $* " survivors=0
 printf '%-22s %-22s %12s  %s\n' 'rule taken out' 'noticed by' 'stale reads' 'seconds'

@@ -103,8 +103,9 @@ start_local() {
   POSTGRES_PORT='' REDIS_PORT=''
   # shellcheck source=/dev/null
   if [[ -e $state/env ]]; then source "$state/env"; fi
-  if alive "$state/web.pid" "$state/web"; then say 'It runs already: other settings count after ./scripts/stop.sh.'; fi
-  if ! alive "$state/web.pid" "$state/web"; then
+  if alive "$state/web.pid" "$state/web"; then
+    say 'It runs already: other settings count after ./scripts/stop.sh.'
+  else
     WEB_PORT=$wanted
     if port_taken "$WEB_PORT"; then refuse_port WEB_PORT "$WEB_PORT"; fi
   fi
@@ -146,7 +147,7 @@ start_local() {
   say "redis     running  127.0.0.1:$REDIS_PORT"
   say "web       healthy  http://localhost:$WEB_PORT"
 }
-service_is_healthy() { has "$(curl -s -m 5 "http://${BIND_ADDRESS/#0.0.0.0/127.0.0.1}:$WEB_PORT/health")" '"healthy"'; }
+service_is_healthy() { has "$(curl -s -m 5 "$(local_url)/health")" '"healthy"'; }
 service_is_healthy_or_gone() { service_is_healthy || ! alive "$state/web.pid" "$state/web"; }
 
 mode=$(running_mode || true)

@@ -8,7 +8,7 @@ attach
 
 id=''
 # Also when the script is interrupted.
-trap 'if [[ -n $id ]]; then request DELETE "/products/$id" >/dev/null; fi' EXIT
+trap delete_product EXIT
 
 title '1. Information and health'
 request GET /

@@ -7,7 +7,7 @@ source scripts/lib.sh
 attach
 
 id=''
-trap 'if [[ -n $id ]]; then request DELETE "/products/$id" >/dev/null; fi' EXIT
+trap delete_product EXIT
 name="Teste de comunicação $$"
 
 title '1. Web to PostgreSQL'
