@@ -92,11 +92,7 @@ func TestRedisFails(t *testing.T) {
 func TestRedisUnfit(t *testing.T) {
 	cfg := withDatabase(t, testConfig(t))
 	applySchema(t.Context(), startReplica(t, cfg).db)
-	old, err := net.Listen("tcp", "127.0.0.1:0") // a Redis 6 as far as INFO goes
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { old.Close() })
+	old := listen(t) // a Redis 6 as far as INFO goes
 	go func() {
 		for {
 			conn, err := old.Accept()
@@ -203,11 +199,7 @@ func startPostgres(t testing.TB, cfg config) {
 
 // TestPostgresSilent lets a whole PostgreSQL be a port that accepts and never answers.
 func TestPostgresSilent(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
+	l := listen(t)
 	cfg := testConfig(t)
 	cfg.postgresHost = "127.0.0.1"
 	_, cfg.postgresPort, _ = net.SplitHostPort(l.Addr().String())
@@ -269,11 +261,7 @@ func wantAllUnavailable(t *testing.T, s *testServer) {
 // proxy passes connections on to an address until it is told to be silent: then bytes stay where they are.
 func proxy(t testing.TB, address string, silent *atomic.Bool) (port string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
+	l := listen(t)
 	pass := func(to, from net.Conn) {
 		defer to.Close()
 		defer from.Close()
@@ -309,11 +297,7 @@ func proxy(t testing.TB, address string, silent *atomic.Bool) (port string) {
 
 // A server without TLS says so, and the connection on which it does is closed before another one is made in the clear.
 func TestNoConnectionLeftWithoutTLS(t *testing.T) {
-	server, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer server.Close()
+	server := listen(t)
 	cfg := testConfig(t)
 	cfg.postgresSSLMode = "prefer"
 	cfg.postgresHost, cfg.postgresPort, _ = net.SplitHostPort(server.Addr().String())

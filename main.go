@@ -304,6 +304,7 @@ func respond(w http.ResponseWriter, status int, body []byte) {
 	_, _ = w.Write(body) // an error means that the client has gone
 }
 
+// respondJSON sends v as JSON. The error is encode's, and then nothing was sent.
 func respondJSON(w http.ResponseWriter, status int, v any) error {
 	body, err := encode(v)
 	if err == nil {

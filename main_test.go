@@ -236,13 +236,21 @@ func startRedis(t testing.TB, cfg config, args ...string) (*redisServer, config)
 	return r, cfg
 }
 
-// freePort returns a port of 127.0.0.1 that nobody listens on now.
-func freePort(t testing.TB) string {
+// listen takes a port of 127.0.0.1 until the test ends.
+func listen(t testing.TB) net.Listener {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// freePort returns a port of 127.0.0.1 that nobody listens on now.
+func freePort(t testing.TB) string {
+	t.Helper()
+	l := listen(t)
 	defer l.Close()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	return port

@@ -328,11 +328,7 @@ type link struct {
 }
 
 func (p *promise) newRelay(t *testing.T, target string) *relay {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
+	listener := listen(t)
 	x := &relay{p: p, target: target, links: map[*link]bool{}}
 	_, x.port, _ = net.SplitHostPort(listener.Addr().String())
 	go func() {
