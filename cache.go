@@ -9,10 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
+	"math"
 	"net"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -23,108 +22,103 @@ import (
 	"github.com/lib/pq"
 )
 
-// The times of the protocol. They lean on one another: a mark must outlive the slowest change it announces (the
-// answer of Redis, then the statement) and every lookup that began before that change was committed, so that
-// whoever dies leaves nothing behind that a late reader could fill with an old row.
+// A Cache keeps the bodies of responses in Redis, and it never lies: with it, the API gives no answer that it could
+// not have given without it.
+//
+// The pattern is cache-aside: a reader asks Redis first, on a miss it asks PostgreSQL and fills the key; a writer
+// changes PostgreSQL and deletes the key. By itself this pattern lies, because the two servers know nothing of each
+// other. Four rules make it right. Each is explained where it is in the code:
+//
+//  1. A reader takes a lease, a writer announces itself; a fill needs the lease, and no writer at work (fillScript).
+//  2. The database tells what others changed (hear).
+//  3. In doubt, drop everything, and let a new Redis settle (distrust, restore).
+//  4. Share only what starts after you (Get).
+//
+// The first two are ideas of "Scaling Memcache at Facebook" (NSDI 2013). Handlers call Get and Write; Run must run.
+type Cache struct {
+	db       *sql.DB
+	listener *pq.Listener // receives the notifications of rule 2
+	pool     *redis.Pool
+	commands chan *command // waiting to be sent to Redis
+	ttl      time.Duration
+
+	// The cache is trusted while trustedAt equals doubts. Every doubt adds one to doubts, so that a doubt which comes
+	// up while trust is being won back is never lost.
+	doubts, trustedAt atomic.Uint64
+	doubtedAt         atomic.Int64 // when, in Unix nanoseconds; a connection that was last used before is not used again
+	reachable         atomic.Bool  // Redis answered when it was last asked
+	listening         atomic.Bool  // the first LISTEN was acknowledged; pq.Listener repeats it after a reconnect
+
+	mu      sync.Mutex         // guards what follows
+	lookups map[string]*lookup // by key: the one that is running
+	runID   string             // of the Redis process that answered last
+	settled time.Time          // when that has settled
+
+	requests map[source]*atomic.Int64 // how many were answered, since this process started
+}
+
+// The times of the protocol.
 const (
-	redisTimeout     = 700 * time.Millisecond     // for one command
-	redisDialTimeout = 500 * time.Millisecond     // for a new connection, and again for the questions asked on it
-	statementTimeout = 5 * time.Second            // PostgreSQL ends a statement after this
-	leaseLife        = requestTimeout             // a reader's lease lasts as long as its lookup may
-	markLife         = 12 * time.Second           // > 2*redisTimeout + statementTimeout + leaseLife
-	heartbeat        = 200 * time.Millisecond     // how often trust is checked, or won back
-	redisGrace       = redisTimeout + 3*heartbeat // for every replica to notice a Redis that came back
+	heartbeat        = 200 * time.Millisecond // how often each server is asked whether it is there
+	redisTimeout     = 700 * time.Millisecond // for a round trip to Redis, with the connecting that it may need
+	statementTimeout = 2 * time.Second        // PostgreSQL ends a statement after this
+	lookupTimeout    = 5 * time.Second        // for whoever waits for a lookup
+	leaseLife        = lookupTimeout          // a lease is of no use to a lookup that nobody waits for
+	sendTimeout      = 1500 * time.Millisecond
+	markLife         = 12 * time.Second
+	noticeTime       = redisTimeout + 2*heartbeat
+	settleTime       = 5 * time.Second
 )
 
+// The times lean on one another. Each line compiles only when what it converts is not negative:
+//
+// A mark must still be there when its writer's statement commits at the last moment, sendTimeout after the
+// announcement and then statementTimeout, and for as long after that as a reader that read the old row may hold its
+// lease. A second goes to Redis's clock, which the scripts read in whole seconds.
+const _ = uint64(markLife - (sendTimeout + statementTimeout + leaseLife + time.Second))
+
+// A Redis that has just started lacks the marks of the writers that announced themselves to the one before it. It is
+// left alone until the last of them must have committed: noticeTime passes until every replica knows of the new
+// Redis, and then the time from an announcement to the end of its statement.
+const _ = uint64(settleTime - (noticeTime + sendTimeout + statementTimeout))
+
+// A writer that waits for a silent Redis must still be allowed to send its statement afterwards.
+const _ = uint64(sendTimeout - 2*redisTimeout)
+
 const (
-	keyAll     = "products:all"
-	keyPrefix  = "products:"
-	lease      = "lease:" // begins a value that is not a body: bodies are JSON objects
-	maxSenders = 2        // so that a long list on one connection does not hold up all
+	keyAll    = "products:all"
+	keyPrefix = "products:"
+	lease     = "lease:" // how a lease begins; a body begins with a brace
 )
 
-// A source says where a body came from, as a Cache-Status header does (RFC 9211).
+// marks names the sorted set of the writers that are at work on a key.
+func marks(key string) string { return "writers:" + key }
+
+// A source says where a body came from, as the header Cache-Status does (RFC 9211).
 type source string
 
 const (
 	hit    source = "redis; hit"
 	miss   source = "redis; fwd=miss"
-	bypass source = "redis; fwd=bypass"
+	bypass source = "redis; fwd=bypass" // Redis was not asked, or its answer not used
 )
 
-// A Cache keeps response bodies in Redis so that no reader can tell: the API with it is as linearizable as
-// PostgreSQL without it. It follows "Scaling Memcache at Facebook" (NSDI 2013): leases for readers, invalidation
-// by the database; the README gives its four rules. Get reads, Write writes, Run must run.
-type Cache struct {
-	db       *sql.DB
-	listener *pq.Listener                              // hears of changes made by other sessions
-	pool     *redis.Pool                               // serves while the cache is trusted
-	dial     func(context.Context) (redis.Conn, error) // never with a client's, whose end would be taken for Redis's
-	ttl      time.Duration
-
-	// The cache is trusted while trustedAt equals doubts. To doubt is to count up, so a doubt that comes
-	// while trust is being won back is never lost.
-	doubts, trustedAt atomic.Uint64
-	doubtedAt         atomic.Int64 // Unix nanoseconds; an older connection is not used again
-	reachable         atomic.Bool  // Redis answered when last asked; if not, a writer does not wait for it again
-	listening         atomic.Bool  // the first LISTEN was acknowledged; the listener repeats it by itself
-
-	mu         sync.Mutex         // guards what follows
-	lookups    map[string]*lookup // by key: the one that runs
-	queue      []*command         // waiting to be sent
-	senders    int                // goroutines at it
-	writes     map[string]*write  // by token: announced, not yet known to be retracted
-	runID      string             // of the Redis last connected to
-	redisSince time.Time          // that Redis was there already
-
-	// The list last read. As long as it stays the same, all the clients that are being sent it share this copy.
-	list []byte
-
-	hits, misses, bypasses atomic.Int64 // requests
-}
-
-// A lookup is one question for one key, shared by the requests that arrived before it began.
-type lookup struct {
-	load   func(context.Context) ([]byte, error)
-	next   *lookup // the one that waits its turn, which all who arrive now may join
-	done   chan struct{}
-	body   []byte
-	source source
-	err    error
-}
-
-// A command is to be sent to Redis, or has been answered.
-type command struct {
-	name  string
-	args  []any
-	reply any
-	err   error
-	done  chan struct{}
-}
-
-// A write is the announcement of a change to keys; sent means that its mark may be in Redis, over that the
-// change has been made or refused.
-type write struct {
-	token      string
-	keys       []string
-	sent, over bool
-}
-
-// newCache connects to nothing yet. The DSN is for the listener's own connection to the database of db.
+// newCache returns a cache that has not connected to anything yet. The listener has a connection of its own, for which it
+// needs dsn.
 func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 	c := &Cache{
-		db: db, ttl: cfg.cacheTTL,
-		lookups: map[string]*lookup{}, writes: map[string]*write{},
+		db: db, ttl: cfg.cacheTTL, commands: make(chan *command, 1000), lookups: map[string]*lookup{},
+		requests: map[source]*atomic.Int64{hit: {}, miss: {}, bypass: {}},
 	}
 	c.doubts.Store(1)
-	c.reachable.Store(true) // until it is found not to be: the first write, too, must announce itself
-	c.dial = func(ctx context.Context) (redis.Conn, error) {
-		conn, err := c.connect(ctx, net.JoinHostPort(cfg.redisHost, cfg.redisPort), cfg.redisPassword)
-		c.reachable.Store(err == nil)
-		return conn, err
-	}
+	c.reachable.Store(true) // until it is found not to be: even the first writer must announce itself
 	c.pool = &redis.Pool{
-		DialContext: c.dial, MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, IdleTimeout: 5 * time.Minute,
+		DialContext: func(ctx context.Context) (redis.Conn, error) {
+			conn, err := c.connect(ctx, net.JoinHostPort(cfg.redisHost, cfg.redisPort), cfg.redisPassword)
+			c.reachable.Store(err == nil)
+			return conn, err
+		},
+		MaxActive: 2, MaxIdle: 2, Wait: true, IdleTimeout: 5 * time.Minute, // for sendCommands and for reach
 		TestOnBorrow: func(_ redis.Conn, used time.Time) error {
 			if used.UnixNano() <= c.doubtedAt.Load() {
 				return errors.New("a connection from before the last doubt")
@@ -135,101 +129,133 @@ func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 	c.listener = pq.NewDialListener(dialer{2 * time.Second}, dsn, heartbeat, heartbeat, func(event pq.ListenerEventType, err error) {
 		if event == pq.ListenerEventDisconnected {
 			c.distrust(fmt.Errorf("the listener lost PostgreSQL: %w", err))
-			db.SetMaxIdleConns(0) // the pool's idle connections went with it, most likely
+			db.SetMaxIdleConns(0) // the idle connections of the pool are most likely lost, too
 			db.SetMaxIdleConns(poolSize())
 		}
 	})
+	go c.sendCommands()
 	return c
 }
 
-// Get returns the body for key, from Redis or else from load, which must query PostgreSQL, and where it came from.
-// The body is never older than the call, nor than any body returned before the call; it is shared and must not be
-// changed. Requests share lookups, but never one that began before they arrived, since that may have read a row
-// that was replaced before: one lookup of a key runs, one waits, and whoever comes joins the one that waits. The
-// error is load's, the context's, or context.DeadlineExceeded after requestTimeout.
+// ---------------------------------------------------------------- reading
+
+// A lookup is one question for one key. The requests that arrived before it began share it.
+type lookup struct {
+	load   func(context.Context) ([]byte, error)
+	next   *lookup       // the one that waits for its turn
+	done   chan struct{} // closed when what follows is there
+	body   []byte
+	source source
+	err    error
+}
+
+// Get returns the body for key, from Redis or else from load, which must query PostgreSQL, and where it came from. The
+// body is never older than this call, nor than any body that was returned before it. It is shared: do not change it.
+// The error is load's or the context's, or context.DeadlineExceeded after lookupTimeout.
+//
+// Rule 4: share only what starts after you. A thousand requests for one key shall not cost a thousand queries. But
+// to join a query that is running already, as the package singleflight does, would be a lie:
+//
+//	reader A asks PostgreSQL and is given 1.00, and its answer is on its way
+//	a writer sets the price to 2.00, and its client is told so
+//	that client reads, joins reader A's query, and is told 1.00
+//
+// So one lookup of a key runs and one waits for its turn. Whoever comes joins the one that waits. A lookup belongs to
+// nobody: it goes on when the request that began it has gone away.
 func (c *Cache) Get(ctx context.Context, key string, load func(context.Context) ([]byte, error)) ([]byte, source, error) {
-	c.mu.Lock()
 	mine := &lookup{load: load, done: make(chan struct{})}
-	switch running := c.lookups[key]; {
+	c.mu.Lock()
+	running := c.lookups[key]
+	switch {
 	case running == nil:
 		c.lookups[key] = mine
-		go c.run(key, mine)
 	case running.next == nil:
 		running.next = mine
 	default:
 		mine = running.next
 	}
 	c.mu.Unlock()
+	if running == nil {
+		c.look(key, mine) // here and not in a goroutine of its own, which a hit is not worth
+	}
+	timeout := time.NewTimer(lookupTimeout)
+	defer timeout.Stop()
 	select {
+	case <-mine.done:
 	case <-ctx.Done():
 		return nil, "", ctx.Err()
-	case <-time.After(requestTimeout):
+	case <-timeout.C:
 		return nil, "", context.DeadlineExceeded
-	case <-mine.done:
 	}
-	switch mine.source {
-	case hit:
-		c.hits.Add(1)
-	case miss:
-		c.misses.Add(1)
-	case bypass:
-		c.bypasses.Add(1)
-	}
+	c.requests[mine.source].Add(1)
 	return mine.body, mine.source, mine.err
 }
 
-// run does the lookups of key one after the other until nobody waits. They outlive the requests that began them.
-func (c *Cache) run(key string, l *lookup) {
-	for l != nil {
-		l.body, l.source, l.err = c.look(key, func() ([]byte, error) { return within(context.Background(), l.load) })
-		if key == keyAll { // alone here: one lookup of a key runs
-			if bytes.Equal(l.body, c.list) {
-				l.body = c.list
-			}
-			c.list = l.body
-		}
-		close(l.done)
-		c.mu.Lock()
-		if c.lookups[key] = l.next; l.next == nil {
-			delete(c.lookups, key)
-		}
-		l = l.next
-		c.mu.Unlock()
-	}
-}
-
-// look asks Redis for the body of key and takes the lease on it where there is none, in one command. Only with its
-// own lease may it fill the key with what it loads.
-func (c *Cache) look(key string, load func() ([]byte, error)) ([]byte, source, error) {
-	doubts := c.doubts.Load()
+// look does a lookup. Redis is asked first, with one command that returns what the key holds or, when it holds nothing,
+// takes the lease on it. What Redis does not know is loaded in a goroutine of its own.
+func (c *Cache) look(key string, l *lookup) {
+	doubts, token := c.doubts.Load(), lease+rand.Text()
 	if c.trustedAt.Load() != doubts {
-		body, err := load()
-		return body, bypass, err
+		go c.load(key, l, bypass, "")
+		return
 	}
-	token := lease + rand.Text()
-	held, err := c.do("SET", key, token, "NX", "GET", "EX", int(leaseLife.Seconds()))
-	if err != nil || c.doubts.Load() != doubts {
-		body, err := load()
-		return body, bypass, err
+	reply, err := c.do("SET", key, token, "NX", "GET", "EX", int(leaseLife.Seconds()))
+	held, _ := reply.([]byte)
+	switch {
+	case err != nil || c.doubts.Load() != doubts: // a Redis that came back with an old snapshot may have answered
+		go c.load(key, l, bypass, "")
+	case held == nil:
+		go c.load(key, l, miss, token)
+	case bytes.HasPrefix(held, []byte(lease)): // somebody else's, who will fill the key
+		go c.load(key, l, miss, "")
+	default:
+		l.body, l.source = held, hit
+		close(l.done)
+		c.finish(key, l)
 	}
-	old, _ := held.([]byte)
-	if old != nil && !bytes.HasPrefix(old, []byte(lease)) {
-		return old, hit, nil
-	}
-	body, err := load()
-	if old == nil {
-		fill := body
-		if err != nil {
-			fill = nil
-		}
-		// An error here ends trust, not the request: the body is PostgreSQL's own.
-		_, _ = c.do("EVALSHA", fillScript.Hash(), 2, key, marks(key), token, fill, int(c.ttl.Seconds()))
-	}
-	return body, miss, err
 }
 
-// fillScript puts a body where the reader's lease still stands and no writer is at work, or else gives the lease
-// back; so it does with an empty body, which says that there is nothing to fill.
+// load does the second half of a lookup: it queries PostgreSQL, answers those who wait, and then fills the key if this
+// lookup has the lease. They do not wait for the fill, so a Redis that falls silent just now holds up nobody. An error
+// is not cached: then the lease is given back.
+func (c *Cache) load(key string, l *lookup, from source, token string) {
+	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
+	defer cancel()
+	l.source = from
+	l.body, l.err = l.load(ctx)
+	body := l.body
+	if l.err != nil {
+		body = nil
+	}
+	close(l.done)
+	if token != "" { // an error of Redis ends trust, and that is all there is to do about it
+		_, _ = c.do("EVALSHA", fillScript.Hash(), 2, key, marks(key), token, body, int(c.ttl.Seconds()))
+	}
+	c.finish(key, l)
+}
+
+// finish begins the lookup that waits behind l, if there is one.
+func (c *Cache) finish(key string, l *lookup) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.lookups[key] = l.next; l.next == nil {
+		delete(c.lookups, key)
+	} else {
+		go c.look(key, l.next)
+	}
+}
+
+// fillScript is the first half of rule 1: a fill needs the lease. Cache-aside without it lies for a whole TTL:
+//
+//	reader:  finds no body, asks PostgreSQL, and is given the price 1.00
+//	writer:  sets the price to 2.00, deletes the key, and answers its client
+//	reader:  fills the key with 1.00
+//
+// Here the reader has left its token in the key. The writer's deletion takes the token away, and the fill finds that
+// the key does not hold it any more. A lease expires, so a reader that dies does not keep the key empty for ever.
+//
+// The second half is that no writer may be at work, since the reader may also have come between the writer's deletion
+// and its commit: then it has a new lease, and an old row. An empty body gives the lease back.
 var fillScript = redis.NewScript(2, `
 	local key, marks, token, body, ttl = KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]
 	if redis.call('GET', key) ~= token then return end
@@ -240,9 +266,18 @@ var fillScript = redis.NewScript(2, `
 		redis.call('DEL', key)
 	end`)
 
-// announceScript marks the keys as being written, until a time on Redis's own clock, and empties them. A script is
-// a transaction, like MULTI, that can read that clock. The sets of marks have no TTL, so that a Redis which makes
-// room by evicting keys that have one leaves them alone.
+// ---------------------------------------------------------------- writing
+
+// announceScript is how a writer announces itself before its SQL: it adds its mark to the sorted set of each key, and
+// deletes the keys. The deletion comes before the commit so that nobody goes back in time:
+//
+//	writer:    commits the price 2.00; Redis still holds 1.00
+//	reader A:  misses in another replica, and is given 2.00
+//	reader B:  comes after A, hits, and is given 1.00
+//
+// The mark's score is the time at which it expires, on Redis's own clock, for the writer that dies before it removes
+// it. A script is a transaction, like MULTI, which can read that clock. The sets have no TTL: a Redis that makes room by
+// evicting keys with a TTL must not evict marks.
 var announceScript = redis.NewScript(-1, `
 	local expires = redis.call('TIME')[1] + ARGV[2]
 	for i = 1, #KEYS, 2 do
@@ -250,254 +285,205 @@ var announceScript = redis.NewScript(-1, `
 		redis.call('DEL', KEYS[i])
 	end`)
 
-// retractScript takes the marks away and empties the keys once more.
+// retractScript is how a writer takes its announcement back after its SQL: it removes its own mark, since other writers
+// may still be at work, and deletes the keys once more. Without that, a reader which took the lease and read the old
+// row before the commit could fill the key now that the mark is gone.
 var retractScript = redis.NewScript(-1, `
 	for i = 1, #KEYS, 2 do
 		redis.call('ZREM', KEYS[i + 1], ARGV[1])
 		redis.call('DEL', KEYS[i])
 	end`)
 
-// marks names the sorted set of the writers at work on key.
-func marks(key string) string { return "writers:" + key }
-
-// Write runs change, which must change the rows behind keys in one statement on the connection it is given, so that
-// no reader can find an old body once Write has returned, nor once anybody has seen the new rows. The change goes on
-// when the context ends. The error is change's, the context's, or says that PostgreSQL could not be reached.
+// Write runs change, which must change the rows behind keys in one statement on the connection it is given. Once Write
+// has returned, or anybody has seen the new rows, no reader gets an old body from the cache. A client that goes away
+// does not stop it halfway. The error is change's, or says that PostgreSQL could not be reached, or is errTooLate.
+//
+// This is the other half of rule 1: a writer announces itself, changes the rows, and retracts. From before the commit
+// until after it nothing can be filled, so that every read sees PostgreSQL itself. A writer that dies in between
+// leaves empty keys and marks that expire, but never an old body.
+//
+// Where the announcement fails, the trigger of rule 2 speaks: it does so for every session that does not have the
+// service's application_name. Where the retraction fails, the mark keeps readers from filling until it expires.
 func (c *Cache) Write(ctx context.Context, keys []string, change func(context.Context, *sql.Conn) error) error {
-	if err := ctx.Err(); err != nil { // nobody waits for it
+	// The connection comes first, for a mark must last for the statement and not for the wait before it. It is one
+	// connection and not the pool, which would send a statement again when a connection breaks.
+	waiting, cancel := context.WithTimeout(ctx, queryTimeout)
+	defer cancel()
+	conn, err := c.db.Conn(waiting)
+	if err != nil {
 		return err
 	}
-	_, err := within(ctx, func(ctx context.Context) (struct{}, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), statementTimeout)
-		defer cancel()
-		// The connection comes first: a mark must last for the statement, not for the wait before it. On a
-		// connection of its own a statement is sent once, while sql.DB sends it again when a connection breaks.
-		conn, err := c.db.Conn(ctx)
-		if err != nil {
-			return struct{}{}, err
-		}
-		defer conn.Close() // returns it to the pool
-		return struct{}{}, c.write(ctx, conn, keys, change)
-	})
-	return err
-}
+	defer conn.Close() // returns it to the pool
+	ctx = sendBefore{context.WithoutCancel(ctx), time.Now().Add(sendTimeout)}
 
-// write announces the change, makes it, and retracts the announcement. Where Redis could not be reached for that,
-// PostgreSQL tells the other replicas.
-func (c *Cache) write(ctx context.Context, conn *sql.Conn, keys []string, change func(context.Context, *sql.Conn) error) error {
-	w := &write{token: rand.Text(), keys: keys}
-	c.mu.Lock()
-	c.writes[w.token] = w
-	c.mu.Unlock()
-
-	var err error
-	announced := c.send(announceScript, w)
-	if !announced { // then the trigger notifies, with the commit and not after it, as it does for other sessions
-		_, err = conn.ExecContext(ctx, `SET application_name = 'desafio3 without redis'`)
-		defer func() { _, _ = conn.ExecContext(ctx, `RESET application_name`) }() // if not, it notifies more than it must
-	}
-	if err == nil {
-		err = change(ctx, conn)
-	}
-	if outcomeUnknown(err) {
-		c.forget(w) // it may yet be committed: the marks stay until they expire
-		return err
-	}
-	c.mu.Lock()
-	w.over = true
-	sent := w.sent
-	c.mu.Unlock()
-	retracted := c.send(retractScript, w)
-	if retracted || !sent {
-		c.forget(w) // if not, trust is only won back together with the removal of the marks
-	}
-	if err == nil && announced && !retracted { // Redis has gone meanwhile, perhaps for another one, which has no mark
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), statementTimeout)
-		defer cancel()
-		_, err = conn.ExecContext(ctx, `SELECT pg_notify('products', $1)`, strings.TrimPrefix(keys[len(keys)-1], keyPrefix))
-	}
-	return err
-}
-
-// send runs a writer's script, on the pool or, while the cache is not trusted, on a connection of its own, and
-// reports whether Redis has done it. When Redis was last found unreachable, it does not wait for it again.
-func (c *Cache) send(script *redis.Script, w *write) bool {
-	trusted := c.trusted()
-	if !trusted && !c.reachable.Load() {
-		return false
-	}
-	c.mu.Lock()
-	w.sent = true
-	c.mu.Unlock()
-	if trusted {
-		_, err := c.do("EVALSHA", w.args(script.Hash())...)
-		return err == nil
-	}
-	conn, err := c.dial(context.Background())
-	return c.use(conn, err, func(conn redis.Conn) error { return w.run(conn, script) }) == nil
-}
-
-// args are those of announceScript or retractScript, after what is given.
-func (w *write) args(first ...any) redis.Args {
-	args := append(redis.Args(first), len(w.keys)*2)
-	for _, key := range w.keys {
-		args = append(args, key, marks(key))
-	}
-	return append(args, w.token, int(markLife.Seconds()))
-}
-
-// run runs announceScript or retractScript.
-func (w *write) run(conn redis.Conn, script *redis.Script) error {
-	_, err := script.Do(conn, w.args()...)
-	return err
-}
-
-func (c *Cache) forget(w *write) {
-	c.mu.Lock()
-	delete(c.writes, w.token)
-	c.mu.Unlock()
-}
-
-// do has a command sent to Redis, and returns the answer. Commands that come while others are under way wait and are
-// sent together, in one round trip. The time is bounded: redisTimeout, or what a new connection takes, for those and
-// as much for its own.
-func (c *Cache) do(name string, args ...any) (any, error) {
-	q := &command{name: name, args: args, done: make(chan struct{})}
-	c.mu.Lock()
-	c.queue = append(c.queue, q)
-	if c.senders < maxSenders {
-		c.senders++
-		go c.sendQueue()
-	}
-	c.mu.Unlock()
-	<-q.done
-	return q.reply, q.err
-}
-
-// sendQueue sends the commands that wait, all at once, until none waits. Once trust has ended, those who still wait for
-// Redis need not wait for the same timeout again.
-func (c *Cache) sendQueue() {
-	for {
-		runtime.Gosched() // those who have just been answered may come with more
-		c.mu.Lock()
-		batch := c.queue
-		c.queue = nil
-		if len(batch) == 0 {
-			c.senders--
-			c.mu.Unlock()
-			return
-		}
-		c.mu.Unlock()
-		err := errors.New("the cache is not trusted")
-		if c.trusted() {
-			err = c.exchange(batch)
-		}
-		for _, q := range batch {
-			q.err = cmp.Or(q.err, err)
-			close(q.done)
-		}
-	}
-}
-
-// exchange sends a batch of commands and receives the answers, within redisTimeout. An error ends trust.
-func (c *Cache) exchange(batch []*command) error {
-	deadline := time.Now().Add(redisTimeout)
-	return c.command(func(conn redis.Conn) error {
-		for _, q := range batch {
-			if err := conn.Send(q.name, q.args...); err != nil {
-				return err
-			}
-		}
-		if err := conn.Flush(); err != nil {
+	token := rand.Text()
+	announced := c.mark(announceScript, keys, token) == nil
+	if !announced {
+		if _, err := conn.ExecContext(ctx, `SET application_name = 'desafio3 without redis'`); err != nil {
 			return err
 		}
-		for _, q := range batch {
-			// Zero would be no limit at all.
-			if q.reply, q.err = redis.ReceiveWithTimeout(conn, max(time.Until(deadline), time.Millisecond)); q.err != nil {
-				return q.err
-			}
-		}
-		return nil
-	})
-}
-
-// command runs f with a connection of the pool, for which it waits no longer than redisTimeout. An error ends trust.
-func (c *Cache) command(f func(redis.Conn) error) error {
-	ctx, cancel := context.WithTimeout(context.Background(), redisTimeout)
-	defer cancel()
-	conn, err := c.pool.GetContext(ctx)
-	return c.use(conn, err, f)
-}
-
-// use runs f with a connection, if there is one, and closes it. An error ends trust.
-func (c *Cache) use(conn redis.Conn, err error, f func(redis.Conn) error) error {
-	if err == nil {
-		err = f(conn)
-		_ = conn.Close() // a pool's connection goes back to the pool
+		// If this fails, the connection's next changes are notified although they need not be.
+		defer func() { _, _ = conn.ExecContext(ctx, `RESET application_name`) }()
 	}
-	if err != nil {
-		if _, answered := errors.AsType[redis.Error](err); !answered {
-			c.reachable.Store(false)
-		}
-		c.distrust(err)
+	err = change(ctx, conn)
+	if announced && !outcomeUnknown(err) {
+		_ = c.mark(retractScript, keys, token)
 	}
 	return err
 }
 
-// connect dials Redis and asks who it is. A Redis older than 7.0 lacks SET NX GET, and one that evicts keys without
-// a TTL could forget a writer: both are refused. One that is not the one last connected to may hold anything, an old
-// snapshot for example: that ends trust.
+// mark runs announceScript or retractScript for the keys.
+func (c *Cache) mark(script *redis.Script, keys []string, token string) error {
+	args := []any{script.Hash(), 2 * len(keys)}
+	for _, key := range keys {
+		args = append(args, key, marks(key))
+	}
+	_, err := c.do("EVALSHA", append(args, token, int(markLife.Seconds()))...)
+	return err
+}
+
+// ---------------------------------------------------------------- commands to Redis
+
+// A command is on its way to Redis, or has been answered.
+type command struct {
+	name  string
+	args  []any
+	reply any
+	err   error
+	done  chan struct{} // closed when it was answered
+}
+
+// do sends a command to Redis and returns the reply. An error ends trust. Where Redis did not answer a moment ago,
+// do fails at once and does not wait for it again.
+func (c *Cache) do(name string, args ...any) (any, error) {
+	cmd := &command{name: name, args: args, done: make(chan struct{})}
+	c.commands <- cmd
+	<-cmd.done
+	return cmd.reply, cmd.err
+}
+
+// sendCommands sends what do was given, for ever. Commands that wait at the same moment travel together, in one round
+// trip (pipelining). One at a time, Redis and this process would spend most of their time in system calls.
+func (c *Cache) sendCommands() {
+	for cmd := range c.commands {
+		batch := []*command{cmd}
+		runtime.Gosched() // those who have just been answered may come with more
+		for range len(c.commands) {
+			batch = append(batch, <-c.commands)
+		}
+		err := errors.New("redis did not answer a moment ago")
+		if c.reachable.Load() {
+			if err = c.exchange(batch); err != nil {
+				c.reachable.Store(false)
+				c.distrust(err)
+			}
+		}
+		for _, cmd := range batch {
+			cmd.err = cmp.Or(cmd.err, err)
+			close(cmd.done)
+		}
+	}
+}
+
+// exchange sends a batch of commands and receives the replies. Its error means that Redis could not be reached, or did
+// not answer within redisTimeout. What Redis refuses, because it is full or only a replica, is the command's error.
+func (c *Cache) exchange(batch []*command) error {
+	deadline := time.Now().Add(redisTimeout)
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
+	defer cancel()
+	conn, err := c.pool.GetContext(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close() // returns it to the pool, which drops it if it is broken
+	// What breaks the connection is returned by every call after that, and by Err.
+	for _, cmd := range batch {
+		_ = conn.Send(cmd.name, cmd.args...)
+	}
+	_ = conn.Flush()
+	for _, cmd := range batch {
+		// A timeout of zero would be none at all.
+		cmd.reply, cmd.err = redis.ReceiveWithTimeout(conn, max(time.Until(deadline), time.Millisecond))
+		if cmd.err != nil {
+			c.distrust(cmd.err)
+		}
+	}
+	return conn.Err()
+}
+
+// connect dials Redis and asks who it is. A Redis older than 7.0 does not know SET with NX and GET, and one that may
+// evict any key could forget a writer: both are refused. One that is not the process that answered last may hold
+// anything, an old snapshot for example: that ends trust.
 func (c *Cache) connect(ctx context.Context, address, password string) (redis.Conn, error) {
-	conn, err := redis.DialContext(ctx, "tcp", address, redis.DialPassword(password), redis.DialConnectTimeout(redisDialTimeout),
-		redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(redisTimeout))
+	conn, err := redis.DialContext(ctx, "tcp", address, redis.DialPassword(password),
+		redis.DialReadTimeout(redisTimeout/2), redis.DialWriteTimeout(redisTimeout))
 	if err != nil {
 		return nil, err
 	}
-	info, err := infoOf(conn, redisDialTimeout, "server", "memory")
-	switch major, _ := strconv.Atoi(strings.Split(info["redis_version"], ".")[0]); {
-	case err != nil:
-	case major < 7:
-		err = fmt.Errorf("redis %s is too old: 7.0 or newer is needed", info["redis_version"])
-	case strings.HasPrefix(info["maxmemory_policy"], "allkeys"):
-		err = fmt.Errorf("redis may evict any key (maxmemory-policy %s): volatile-lru or noeviction is needed", info["maxmemory_policy"])
+	info, err := redis.String(conn.Do("INFO"))
+	version, policy := infoField(info, "redis_version"), infoField(info, "maxmemory_policy")
+	major, _ := strconv.Atoi(strings.Split(version, ".")[0])
+	if err == nil && major < 7 {
+		err = fmt.Errorf("redis %s is too old: 7.0 or newer is needed", version)
+	}
+	if err == nil && strings.HasPrefix(policy, "allkeys") {
+		err = fmt.Errorf("redis may evict any key (maxmemory-policy %s): volatile-lru or noeviction is needed", policy)
+	}
+	for _, script := range []*redis.Script{fillScript, announceScript, retractScript} {
+		if err == nil {
+			err = script.Load(conn)
+		}
 	}
 	if err != nil {
 		_ = conn.Close()
 		return nil, err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.runID != info["run_id"] {
-		uptime, _ := strconv.Atoi(info["uptime_in_seconds"])
-		c.runID = info["run_id"]
-		c.redisSince = time.Now().Add(-time.Duration(max(0, uptime-1)) * time.Second) // whole seconds, rounded
-		c.distrust(errors.New("another redis, or a restarted one, answers"))
-	} else if !c.reachable.Load() {
-		c.redisSince = time.Now()
-	}
+	c.meet(infoField(info, "run_id"), infoField(info, "uptime_in_seconds"))
 	return conn, nil
 }
 
-// infoOf returns the fields of some of INFO's sections. Redis older than 7.0 knows only one section at a time.
-func infoOf(conn redis.Conn, timeout time.Duration, sections ...string) (map[string]string, error) {
-	fields := map[string]string{}
-	for _, section := range sections {
-		text, err := redis.String(redis.DoWithTimeout(conn, timeout, "INFO", section))
-		if err != nil {
-			return fields, err
+// meet notes which Redis process answers, and when it has settled: counted from its start where it is the first that
+// this process knows, and else from now. One that was only silent has lost no marks; it waits until every replica has
+// noticed its return and announces its writes to it again.
+func (c *Cache) meet(runID, uptime string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	wait := noticeTime
+	if c.runID != runID {
+		wait = settleTime
+		if seconds, err := strconv.Atoi(uptime); c.runID == "" && err == nil {
+			wait -= time.Duration(max(0, seconds-1)) * time.Second // it may be rounded up
 		}
-		for line := range strings.Lines(text) {
-			if name, value, ok := strings.Cut(strings.TrimSpace(line), ":"); ok {
-				fields[name] = value
-			}
-		}
+		c.runID = runID
+		c.distrust(errors.New("another redis, or a restarted one, answers"))
+	} else if c.reachable.Load() {
+		return
 	}
-	return fields, nil
+	if settled := time.Now().Add(wait); settled.After(c.settled) {
+		c.settled = settled
+	}
 }
+
+// infoField returns a field of a reply to INFO, or nothing.
+func infoField(info, name string) string {
+	_, after, _ := strings.Cut("\n"+info, "\n"+name+":")
+	value, _, _ := strings.Cut(after, "\r")
+	return value
+}
+
+// ---------------------------------------------------------------- trust
 
 func (c *Cache) trusted() bool { return c.trustedAt.Load() == c.doubts.Load() }
 
-// distrust ends trust: reads go to PostgreSQL until Run has dropped every key.
+// distrust ends trust. This is rule 3: in doubt, drop everything. After an error of Redis, or when another Redis answers
+// than before, or when notifications may have been lost, nobody knows which bodies are old:
+//
+//	Redis holds the price 1.00, and saves a snapshot to its disk
+//	a writer sets the price to 2.00 and deletes the key
+//	Redis is killed, starts again, reads its snapshot, and holds 1.00
+//
+// From now on reads go to PostgreSQL, without trying Redis and waiting for it again, until restore has dropped
+// every key. Writes do not depend on trust: they announce themselves wherever Redis answers.
 func (c *Cache) distrust(reason error) {
 	c.doubtedAt.Store(time.Now().UnixNano())
 	if doubts := c.doubts.Add(1); c.trustedAt.Load() == doubts-1 {
@@ -505,144 +491,114 @@ func (c *Cache) distrust(reason error) {
 	}
 }
 
-// Run hears of other sessions' changes and keeps trust, or wins it back, until the context ends.
+// Run hears of the changes of others, and keeps the cache's trust or wins it back, until the context ends.
 func (c *Cache) Run(ctx context.Context) {
 	go c.hear()
+	defer c.listener.Close()
+	// The listener is asked in a loop of its own, since its connection counts as lost when nothing comes for 2 s, and
+	// it can take longer to drop all keys.
 	go repeat(ctx, "not listening", func() (bool, error) {
 		err := c.listener.Listen("products") // waits for PostgreSQL
-		c.listening.Store(err == nil)
-		return err == nil, err
+		if err == nil || errors.Is(err, pq.ErrChannelAlreadyOpen) {
+			c.listening.Store(true)
+			err = c.listener.Ping()
+		}
+		if err != nil {
+			c.distrust(err)
+		}
+		return false, err
 	})
-	defer c.listener.Close()
-	repeat(ctx, "cache not in use yet", func() (bool, error) { return false, c.check(ctx) })
+	repeat(ctx, "cache not in use yet", func() (bool, error) {
+		err := c.reach()
+		if err == nil && !c.trusted() {
+			err = c.restore(ctx)
+		}
+		return false, err
+	})
 }
 
-// check asks Redis and the listener's connection whether they are there; without trust, it tries to win it back.
-func (c *Cache) check(ctx context.Context) error {
-	// Whatever is with Redis: a connection that PostgreSQL is not heard on for a while counts as lost.
-	listenerErr := c.listener.Ping()
-	if c.trusted() {
-		if listenerErr != nil {
-			c.distrust(listenerErr)
-		}
-		_, err := c.do("PING")
-		return err
-	}
-	conn, err := c.dial(ctx)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
+// restore wins trust back, or says why it cannot yet. Redis must answer and must have settled, and the listener must
+// hear; then all keys are dropped. Whatever raises a doubt meanwhile makes it start over.
+//
+// Why a new Redis must settle:
+//
+//	writer:    announces itself, and its statement is on the way to PostgreSQL
+//	Redis:     is killed and started again: the mark is gone
+//	reader:    trusts the new Redis, takes a lease, reads the old row, and fills: nobody is at work
+//	writer:    commits; until it retracts, some readers get the new row, and others hit the old one
+//
+// After settleTime no writer that announced itself to the Redis before can still commit.
+func (c *Cache) restore(ctx context.Context) error {
 	doubts := c.doubts.Load()
-	if err := c.restore(conn); err != nil {
+	c.mu.Lock()
+	settling := time.Until(c.settled)
+	c.mu.Unlock()
+	if settling > 0 {
+		return errors.New("redis has only just come up: it has to settle")
+	}
+	if err := c.listener.Ping(); err != nil || !c.listening.Load() {
+		return fmt.Errorf("not listening to PostgreSQL: %v", err)
+	}
+	// A Redis that is full, or only a replica, refuses this already, and not only the first request.
+	if _, err := c.do("SET", keyPrefix+"probe", "", "EX", 1); err != nil {
 		return err
 	}
-	c.trustedAt.Store(doubts) // which is not the number of doubts any more, if another came up meanwhile
+	if _, err := c.scan(ctx, "UNLINK"); err != nil {
+		return err
+	}
+	c.trustedAt.Store(doubts) // no longer the number of doubts, if another came up meanwhile
 	if c.trusted() {
 		slog.Info("cache trusted")
 	}
 	return nil
 }
 
-// restore makes Redis fit to be trusted: the writers at work are announced to it, and it holds no body.
-func (c *Cache) restore(conn redis.Conn) error {
-	c.mu.Lock()
-	writes := slices.Collect(maps.Values(c.writes))
-	since := c.redisSince
-	c.mu.Unlock()
-	for _, w := range writes {
-		if err := c.announceAgain(conn, w); err != nil {
-			return err
-		}
+// reach asks Redis whether it is there. Nobody else asks a Redis that did not answer a moment ago.
+func (c *Cache) reach() error {
+	ctx, cancel := context.WithTimeout(context.Background(), redisTimeout)
+	defer cancel()
+	conn, err := c.pool.GetContext(ctx)
+	if err == nil {
+		_, err = redis.DoWithTimeout(conn, redisTimeout, "PING")
+		_ = conn.Close()
 	}
-	// Another replica may not have found Redis again yet: its writers are not announced, or pass Redis by. The grace
-	// is what it may need to run into a timeout and to connect anew.
-	if time.Since(since) < redisGrace {
-		return errors.New("redis has only just come back")
+	c.reachable.Store(err == nil)
+	if err != nil {
+		c.distrust(err)
 	}
-	if !c.listening.Load() {
-		return errors.New("not listening to PostgreSQL yet")
-	}
-	if err := c.listener.Ping(); err != nil {
-		return fmt.Errorf("the listener has no connection: %w", err)
-	}
-	// A Redis that is full, or only a replica, fails here rather than on the first request.
-	if _, err := conn.Do("SET", keyPrefix+"probe", "", "EX", 1); err != nil {
-		return err
-	}
-	for _, script := range []*redis.Script{fillScript, announceScript, retractScript} {
-		if err := script.Load(conn); err != nil {
-			return err
-		}
-	}
-	_, err := dropAll(conn)
 	return err
 }
 
-// announceAgain puts the mark of a write that is at work into Redis, or takes away one that was left behind when
-// Redis did not answer its writer.
-func (c *Cache) announceAgain(conn redis.Conn, w *write) error {
-	c.mu.Lock()
-	w.sent = true
-	over := w.over
-	c.mu.Unlock()
-	if !over {
-		if err := w.run(conn, announceScript); err != nil {
-			return err
+// scan runs a command, UNLINK or EXISTS, with the cache's keys, some at a time, and returns how many it counted. SCAN
+// does not hold up Redis as KEYS would, however many keys of others it holds.
+func (c *Cache) scan(ctx context.Context, command string) (count int, err error) {
+	for cursor := ""; cursor != "0" && err == nil; err = cmp.Or(err, ctx.Err()) {
+		var reply, keys []any
+		if reply, err = redis.Values(c.do("SCAN", cmp.Or(cursor, "0"), "MATCH", keyPrefix+"*", "COUNT", 1000)); err == nil {
+			_, err = redis.Scan(reply, &cursor, &keys)
 		}
-		c.mu.Lock()
-		over = w.over // meanwhile: then its own retraction may have come too early
-		c.mu.Unlock()
-	}
-	if !over {
-		return nil
-	}
-	defer c.forget(w)
-	return w.run(conn, retractScript)
-}
-
-// dropAll deletes every key of the cache, but not the marks of the writers, and returns how many there were.
-func dropAll(conn redis.Conn) (dropped int, err error) {
-	err = scan(conn, func(keys []any) error {
-		n, err := redis.Int(conn.Do("UNLINK", keys...))
-		dropped += n
-		return err
-	})
-	return dropped, err
-}
-
-// scan calls f with the cache's keys, some at a time, without holding up Redis as KEYS would.
-func scan(conn redis.Conn, f func(keys []any) error) error {
-	began := time.Now()
-	for cursor := "0"; time.Since(began) < requestTimeout; {
-		reply, err := redis.Values(conn.Do("SCAN", cursor, "MATCH", keyPrefix+"*", "COUNT", 1000))
-		if err != nil {
-			return err
-		}
-		var keys []any
-		if _, err := redis.Scan(reply, &cursor, &keys); err != nil {
-			return err
-		}
-		if len(keys) > 0 {
-			if err := f(keys); err != nil {
-				return err
-			}
-		}
-		if cursor == "0" {
-			return nil
+		if err == nil && len(keys) > 0 {
+			n := 0
+			n, err = redis.Int(c.do(command, keys...))
+			count += n
 		}
 	}
-	return context.DeadlineExceeded
+	return count, err
 }
 
-// hear drops what other sessions changed. The ids that come faster than they can be dropped are not worth dropping
-// one by one: they end trust, and all keys are dropped once, when it is calm again.
+// hear deletes the keys of the rows that others changed. This is rule 2: the database tells what the API did not do.
+// With psql somebody sets the price to 2.00, and nobody would delete the key; but the trigger in schema.sql notifies.
+//
+// When the ids come faster than their keys can be deleted, one by one is not worth it: that is a doubt, and all keys
+// are dropped once it is calm again.
 func (c *Cache) hear() {
 	for n := range c.listener.Notify {
 		switch {
-		case n == nil: // a new connection: its loss has ended trust already
-		case n.Extra == "", len(c.listener.Notify) == cap(c.listener.Notify), !c.trusted():
-			c.distrust(errors.New("other sessions changed everything, or more than can be dropped key by key"))
+		case n == nil: // the listener has reconnected: the loss of its connection has ended trust already
+		case n.Extra == "" || len(c.listener.Notify) == cap(c.listener.Notify) || !c.trusted():
+			// Without trust nothing needs to be deleted: all keys will be. Each deletion would even be slow, for a doubt
+			// makes it connect to Redis anew.
+			c.distrust(errors.New("others changed everything, or more than can be deleted key by key"))
 		default:
 			if _, err := c.do("UNLINK", keyAll, keyPrefix+n.Extra); err != nil {
 				c.distrust(err)
@@ -651,12 +607,53 @@ func (c *Cache) hear() {
 	}
 }
 
-// Clear deletes every key of the cache and returns how many there were.
-func (c *Cache) Clear(ctx context.Context) (cleared int, err error) {
-	conn, err := c.dial(context.WithoutCancel(ctx))
-	if err != nil {
-		return 0, err
+// ---------------------------------------------------------------- for the endpoints
+
+// Clear deletes every key of the cache and returns how many there were. It takes lookupTimeout at most.
+func (c *Cache) Clear() (cleared int, err error) {
+	// Not with a request's context: clearing goes on when the client has gone away.
+	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
+	defer cancel()
+	return c.scan(ctx, "UNLINK")
+}
+
+// Version returns the version of the Redis that answers.
+func (c *Cache) Version() (string, error) {
+	info, err := redis.String(c.do("INFO", "server"))
+	return infoField(info, "redis_version"), err
+}
+
+// CacheStats are the figures of the cache in GET /stats.
+type CacheStats struct {
+	Status   string  `json:"status"`   // connected or disconnected
+	Trusted  bool    `json:"trusted"`  // the cache is in use
+	Hits     int64   `json:"hits"`     // answered from Redis
+	Misses   int64   `json:"misses"`   // answered from PostgreSQL, as Redis held no body
+	Bypasses int64   `json:"bypasses"` // answered from PostgreSQL, as the cache was not trusted
+	HitRate  float64 `json:"hit_rate"` // hits of all, from 0 to 1, with three decimals
+	Keys     *int    `json:"keys"`     // null when there are too many keys of others to count ours in a second
+	TTL      int     `json:"ttl_seconds"`
+	Memory   string  `json:"memory_used"`
+}
+
+// Stats counts requests since this process started, and says what Redis holds now.
+func (c *Cache) Stats() CacheStats {
+	st := CacheStats{
+		Status: "disconnected", Trusted: c.trusted(), TTL: int(c.ttl.Seconds()),
+		Hits: c.requests[hit].Load(), Misses: c.requests[miss].Load(), Bypasses: c.requests[bypass].Load(),
 	}
-	defer conn.Close()
-	return dropAll(conn)
+	if all := st.Hits + st.Misses + st.Bypasses; all > 0 {
+		st.HitRate = math.Round(1000*float64(st.Hits)/float64(all)) / 1000
+	}
+	info, err := redis.String(c.do("INFO", "memory"))
+	if err != nil {
+		return st
+	}
+	st.Status, st.Memory = "connected", infoField(info, "used_memory_human")
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if count, err := c.scan(ctx, "EXISTS"); err == nil {
+		st.Keys = &count
+	}
+	return st
 }

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"net"
@@ -14,21 +13,22 @@ import (
 	"runtime/debug"
 	"strings"
 	"time"
-
-	"github.com/gomodule/redigo/redis"
 )
 
 const healthTimeout = 1500 * time.Millisecond
 
-// version is the module's version, as the build has noted it.
+// release is the version of an image, which the Dockerfile sets: there, the build sees no git.
+var release string
+
+// version returns the version of this program: of the image, or as Go's build has read it from git.
 func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok && release == "" {
+		return info.Main.Version
 	}
-	return info.Main.Version
+	return cmp.Or(release, "unknown")
 }
 
+// index answers GET /.
 func (s *server) index(w http.ResponseWriter, r *http.Request) error {
 	list := map[string]string{}
 	for _, e := range s.endpoints() {
@@ -41,44 +41,63 @@ func (s *server) index(w http.ResponseWriter, r *http.Request) error {
 	}{"desafio3", version(), list})
 }
 
-// A service is the state of one of the three.
+// A service is the state of one of the three in GET /services.
 type service struct {
-	Status  string  `json:"status"` // connected or disconnected
+	Status  string  `json:"status"` // connected or disconnected; running for the service itself
 	Address string  `json:"address"`
 	Version string  `json:"version,omitempty"`
 	Latency float64 `json:"latency_ms"`
 }
 
-// probe asks a service for its version. It ends after healthTimeout even where ask does not.
-func probe(ctx context.Context, address string, ask func(context.Context) (string, error)) service {
-	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
-	defer cancel()
+// probe asks a server for its version. It ends after healthTimeout even where ask does not, because a driver may be late
+// to notice that a server has fallen silent.
+func probe(host, port string, ask func() (string, error)) service {
+	result := service{Status: "disconnected", Address: net.JoinHostPort(host, port)}
+	found := make(chan service, 1)
 	began := time.Now()
-	version, err := within(ctx, ask)
-	if err != nil {
-		return service{Status: "disconnected", Address: address}
+	go func() {
+		version, err := ask()
+		if err == nil {
+			found <- service{"connected", result.Address, version, milliseconds(time.Since(began))}
+		} else {
+			found <- result
+		}
+	}()
+	select {
+	case result = <-found:
+	case <-time.After(healthTimeout):
 	}
-	return service{"connected", address, version, float64(time.Since(began).Microseconds()) / 1000}
+	return result
 }
 
-// probes asks PostgreSQL and Redis at the same time. PostgreSQL counts as connected once it has the schema.
-func (s *server) probes(ctx context.Context) (postgres, cache service) {
-	found := make(chan service, 1)
+// milliseconds returns a duration in milliseconds, with three decimals.
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// selectVersion needs the table, so PostgreSQL counts as connected only when it has the schema.
+const selectVersion = `
+SELECT current_setting('server_version')
+FROM (SELECT count(id) FROM (SELECT id FROM products LIMIT 1) AS one) AS ready`
+
+// probes asks PostgreSQL and Redis at the same time.
+func (s *server) probes() (postgres, redis service) {
+	done := make(chan bool)
 	go func() {
-		found <- probe(ctx, net.JoinHostPort(s.cfg.redisHost, s.cfg.redisPort), func(context.Context) (string, error) {
-			info, err := s.cache.info()
-			return info["redis_version"], err
-		})
+		redis = probe(s.cfg.redisHost, s.cfg.redisPort, s.cache.Version)
+		close(done)
 	}()
-	postgres = probe(ctx, net.JoinHostPort(s.cfg.postgresHost, s.cfg.postgresPort), func(ctx context.Context) (version string, err error) {
-		err = s.db.QueryRowContext(ctx, `SELECT current_setting('server_version') FROM (SELECT count(id) FROM (SELECT id FROM products LIMIT 1) one) ready`).Scan(&version)
+	postgres = probe(s.cfg.postgresHost, s.cfg.postgresPort, func() (version string, err error) {
+		ctx, cancel := context.WithTimeout(context.Background(), queryTimeout)
+		defer cancel()
+		err = s.db.QueryRowContext(ctx, selectVersion).Scan(&version)
 		return version, err
 	})
-	return postgres, <-found
+	<-done
+	return postgres, redis
 }
 
+// health answers GET /health. Without Redis the service is degraded, but well.
 func (s *server) health(w http.ResponseWriter, r *http.Request) error {
-	postgres, cache := s.probes(r.Context())
+	postgres, cache := s.probes()
 	status, code := "healthy", http.StatusOK
 	if cache.Status != "connected" {
 		status = "degraded"
@@ -94,8 +113,9 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) error {
 	}{status, postgres.Status, cache.Status, time.Now().UTC()})
 }
 
+// services answers GET /services.
 func (s *server) services(w http.ResponseWriter, r *http.Request) error {
-	postgres, cache := s.probes(r.Context())
+	postgres, cache := s.probes()
 	hostname, _ := os.Hostname()
 	type web struct {
 		service
@@ -113,6 +133,7 @@ func (s *server) services(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
+// selectStats adds up category by category first, so that the whole table is read once.
 const selectStats = `
 SELECT coalesce(sum(products), 0), coalesce(sum(stock), 0), coalesce(sum(value), 0),
        coalesce(json_object_agg(category, products ORDER BY category), '{}')
@@ -120,18 +141,7 @@ FROM (SELECT category, count(*) AS products, sum(stock) AS stock, sum(price * st
       FROM products
       GROUP BY category) AS categories`
 
-type cacheStats struct {
-	Status   string  `json:"status"`
-	Trusted  bool    `json:"trusted"`
-	Hits     int64   `json:"hits"`
-	Misses   int64   `json:"misses"`
-	Bypasses int64   `json:"bypasses"`
-	HitRate  float64 `json:"hit_rate"` // hits among all, from 0 to 1
-	Keys     int     `json:"keys"`
-	TTL      int     `json:"ttl_seconds"`
-	Memory   string  `json:"memory_used"`
-}
-
+// databaseStats are the figures of the catalogue in GET /stats.
 type databaseStats struct {
 	Products   int64           `json:"products"`
 	Stock      json.Number     `json:"total_stock"`
@@ -144,77 +154,37 @@ type poolStats struct {
 	Open   int     `json:"open"`
 	InUse  int     `json:"in_use"`
 	Idle   int     `json:"idle"`
-	Most   int     `json:"max"`
+	Max    int     `json:"max"`
 	Waits  int64   `json:"waits"`
 	Waited float64 `json:"waited_ms"`
 }
 
-// stats counts requests since this process started, and everything else as it is now.
+// stats answers GET /stats.
 func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
-	db, err := within(r.Context(), func(ctx context.Context) (db databaseStats, err error) {
-		var categories []byte
-		err = s.db.QueryRowContext(ctx, selectStats).Scan(&db.Products, &db.Stock, &db.Value, &categories)
-		db.Categories = categories
-		return db, err
-	})
+	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
+	defer cancel()
+	var db databaseStats
+	err := s.db.QueryRowContext(ctx, selectStats).Scan(&db.Products, &db.Stock, &db.Value, (*[]byte)(&db.Categories))
 	if err != nil {
 		return err
 	}
 	d, c := s.db.Stats(), s.cache.pool.Stats()
 	return respondJSON(w, http.StatusOK, struct {
-		Cache    cacheStats           `json:"cache"`
+		Cache    CacheStats           `json:"cache"`
 		Database databaseStats        `json:"database"`
 		Pools    map[string]poolStats `json:"pools"`
 	}{
-		s.cache.stats(), db, map[string]poolStats{
-			"postgres": {d.OpenConnections, d.InUse, d.Idle, d.MaxOpenConnections, d.WaitCount, float64(d.WaitDuration.Microseconds()) / 1000},
-			"redis":    {c.ActiveCount, c.ActiveCount - c.IdleCount, c.IdleCount, s.cache.pool.MaxActive, c.WaitCount, float64(c.WaitDuration.Microseconds()) / 1000},
+		s.cache.Stats(), db, map[string]poolStats{
+			"postgres": {d.OpenConnections, d.InUse, d.Idle, d.MaxOpenConnections, d.WaitCount, milliseconds(d.WaitDuration)},
+			"redis":    {c.ActiveCount, c.ActiveCount - c.IdleCount, c.IdleCount, s.cache.pool.MaxActive, c.WaitCount, milliseconds(c.WaitDuration)},
 		},
 	})
 }
 
-// info asks Redis, if it was there a moment ago, for what INFO says of its server and its memory.
-func (c *Cache) info() (info map[string]string, err error) {
-	if !c.reachable.Load() {
-		return nil, errors.New("redis does not answer")
-	}
-	err = c.command(func(conn redis.Conn) error {
-		info, err = infoOf(conn, redisTimeout, "server", "memory")
-		return err
-	})
-	return info, err
-}
-
-func (c *Cache) stats() cacheStats {
-	st := cacheStats{
-		Status: "disconnected", Trusted: c.trusted(), TTL: int(c.ttl.Seconds()),
-		Hits: c.hits.Load(), Misses: c.misses.Load(), Bypasses: c.bypasses.Load(),
-	}
-	if all := st.Hits + st.Misses + st.Bypasses; all > 0 {
-		st.HitRate = float64(st.Hits) / float64(all)
-	}
-	info, err := c.info()
-	if err == nil {
-		err = c.command(func(conn redis.Conn) error {
-			return scan(conn, func(keys []any) error { st.Keys += len(keys); return nil })
-		})
-	}
-	if err == nil {
-		st.Status, st.Memory = "connected", info["used_memory_human"]
-	}
-	return st
-}
-
 // healthCommand is `web health`: it asks the service on this machine, for a container's health check.
-func healthCommand(ctx context.Context, cfg config) int {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(cmp.Or(cfg.bindAddress, "127.0.0.1"), cfg.port)+"/health", nil)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	response, err := http.DefaultClient.Do(r)
+func healthCommand(cfg config) int {
+	client := http.Client{Timeout: 3 * time.Second}
+	response, err := client.Get("http://" + net.JoinHostPort(cmp.Or(cfg.bindAddress, "127.0.0.1"), cfg.port) + "/health")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -227,8 +197,10 @@ func healthCommand(ctx context.Context, cfg config) int {
 	return 0
 }
 
-// pingCommand is `web ping`: it resolves a name and connects to the port that the service would use there, a second
-// apart, and returns 0 if any try succeeded. ICMP would need a privilege that the container does not have.
+// pingCommand is `web ping [-c N] HOST[:PORT]`: it resolves a name, which inside a container is a question to Docker's own
+// DNS, and connects to the port that the service would use there. It does so N times, a second apart, with a line for
+// each, and returns 0 if any try succeeded. The real ping sends ICMP packets, for which it needs a right that this
+// container does not have; and a connection shows more, namely that a server listens.
 func pingCommand(ctx context.Context, cfg config, args []string) int {
 	flags := flag.NewFlagSet("ping", flag.ContinueOnError)
 	flags.Usage = func() { fmt.Fprintln(flags.Output(), "usage: ping [-c N] HOST[:PORT]") }
@@ -251,24 +223,19 @@ func pingCommand(ctx context.Context, cfg config, args []string) int {
 		address = net.JoinHostPort(address, port)
 	}
 	reached := 0
-	next := time.Tick(time.Second)
-	for i := 1; i <= *count; i++ {
+	ticker := time.Tick(time.Second)
+	for i := 1; i <= *count && ctx.Err() == nil; i++ {
 		began := time.Now()
 		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", address)
 		if err == nil {
-			fmt.Printf("connected to %s (%s): try=%d time=%.3f ms\n", address, conn.RemoteAddr(), i, float64(time.Since(began).Microseconds())/1000)
+			fmt.Printf("connected to %s (%s): try=%d time=%.3f ms\n", address, conn.RemoteAddr(), i, milliseconds(time.Since(began)))
 			_ = conn.Close()
 			reached++
 		} else {
 			fmt.Printf("no connection to %s: try=%d %v\n", address, i, err)
 		}
-		if i == *count {
-			break
-		}
-		select {
-		case <-ctx.Done():
-			return 1
-		case <-next:
+		if i < *count {
+			<-ticker
 		}
 	}
 	fmt.Printf("%d tries, %d connected\n", *count, reached)

@@ -1,11 +1,18 @@
 // Command web is a product catalogue API over PostgreSQL with a Redis cache that never lies.
+//
+// Where to begin: endpoints, below, lists all that the API answers, and each handler is one jump away.
+//
+//	main.go      settings, routes, the server and its end, errors, JSON, the connections to PostgreSQL
+//	products.go  the product: its rules, its SQL, its handlers
+//	cache.go     Redis: how bodies are cached so that nobody is ever given an old one
+//	health.go    what the service says about itself and its servers, and the commands health and ping
 package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"database/sql"
-	"database/sql/driver"
 	_ "embed"
 	"encoding/json"
 	"errors"
@@ -15,13 +22,17 @@ import (
 	"mime"
 	"net"
 	"net/http"
-	"net/url"
+	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
+	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -29,11 +40,14 @@ import (
 )
 
 const (
-	requestTimeout  = 5 * time.Second // for what a handler asks of PostgreSQL and Redis
-	shutdownTimeout = 10 * time.Second
+	queryTimeout    = 2500 * time.Millisecond // until a connection of the pool is free and the statement sent
+	drainTime       = 2 * time.Second         // for which a balancer may still send requests to a service that stops
+	shutdownTimeout = 10 * time.Second        // for the requests in flight after that
 	maxBody         = 1 << 20
 )
 
+// The binary carries the schema with it, so that an empty database is all it needs.
+//
 //go:embed schema.sql
 var schema string
 
@@ -50,7 +64,7 @@ func run(args []string) int {
 		return 2
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	switch {
 	case len(args) == 1:
 		slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
@@ -60,7 +74,7 @@ func run(args []string) int {
 		}
 		return 0
 	case args[1] == "health" && len(args) == 2:
-		return healthCommand(ctx, cfg)
+		return healthCommand(cfg)
 	case args[1] == "ping":
 		return pingCommand(ctx, cfg, args[2:])
 	}
@@ -68,6 +82,7 @@ func run(args []string) int {
 	return 2
 }
 
+// A config holds the settings, all from the environment.
 type config struct {
 	bindAddress, port                                                      string
 	postgresHost, postgresPort, postgresDB, postgresUser, postgresPassword string
@@ -77,74 +92,113 @@ type config struct {
 	logLevel                                                               slog.Level
 }
 
-// configure reads the environment. The error is one line that names the variable and what it accepts.
-func configure(getenv func(string) string) (config, error) {
-	var errs []error
-	text := func(name, standard string) string {
-		if value := getenv(name); value != "" {
-			return value
-		}
-		return standard
+// settings reads variables of the environment and keeps the first fault: one line that names the variable and says what
+// it accepts. A password is never in it.
+type settings struct {
+	getenv func(string) string
+	fault  error
+}
+
+// check returns a variable, or the fallback where it is empty. What is not ok is a fault. To stop here, with a clear word,
+// is better than to start and to fail at the first request.
+func (s *settings) check(name, fallback, accepts string, ok func(string) bool) string {
+	value := cmp.Or(s.getenv(name), fallback)
+	if s.fault == nil && !ok(value) {
+		s.fault = fmt.Errorf("%s must be %s, not %q", name, accepts, value)
 	}
-	number := func(name, standard string, most int) string {
-		value := text(name, standard)
-		if n, err := strconv.Atoi(value); err != nil || n < 1 || n > most {
-			errs = append(errs, fmt.Errorf("%s must be a whole number from 1 to %d, not %q", name, most, value))
-		}
+	return value
+}
+
+// number returns a whole number from 1 to max.
+func (s *settings) number(name, fallback string, max int) string {
+	return s.check(name, fallback, fmt.Sprintf("a whole number from 1 to %d", max), func(value string) bool {
+		n, err := strconv.Atoi(value)
+		return err == nil && n >= 1 && n <= max
+	})
+}
+
+// choice returns one of the words.
+func (s *settings) choice(name, fallback string, words ...string) string {
+	return s.check(name, fallback, "one of "+strings.Join(words, ", "), func(value string) bool {
+		return slices.Contains(words, value)
+	})
+}
+
+var hostName = regexp.MustCompile(`^[A-Za-z0-9_.-]*$`)
+
+// host returns a host's name or address. PostgreSQL's may be the folder of its Unix socket.
+func (s *settings) host(name, fallback string) string {
+	return s.check(name, fallback, "the name or the IP address of a host", func(value string) bool {
+		_, err := netip.ParseAddr(value)
+		return err == nil || hostName.MatchString(value) || name == "POSTGRES_HOST" && filepath.IsAbs(value)
+	})
+}
+
+// secret returns a password, or what is in the file that NAME_FILE names: this is how Swarm hands out its secrets.
+func (s *settings) secret(name string) string {
+	value, file := s.getenv(name), s.getenv(name+"_FILE")
+	if file == "" {
 		return value
 	}
+	content, err := os.ReadFile(file)
+	s.check(name+"_FILE", "", "a file that can be read", func(string) bool { return err == nil })
+	s.check(name+"_FILE", "", "empty where "+name+" is set", func(string) bool { return value == "" })
+	return strings.TrimRight(string(content), "\r\n")
+}
+
+// configure reads the environment. Its error is for the person who set it.
+func configure(getenv func(string) string) (config, error) {
+	s := &settings{getenv: getenv}
 	cfg := config{
-		bindAddress:      getenv("BIND_ADDRESS"), // empty: all of the machine's
-		port:             number("PORT", "8000", 65535),
-		postgresHost:     text("POSTGRES_HOST", "localhost"),
-		postgresPort:     number("POSTGRES_PORT", "5432", 65535),
-		postgresDB:       text("POSTGRES_DB", "products_db"),
-		postgresUser:     text("POSTGRES_USER", "postgres"),
-		postgresPassword: getenv("POSTGRES_PASSWORD"),
-		postgresSSLMode:  text("POSTGRES_SSLMODE", "prefer"),
-		redisHost:        text("REDIS_HOST", "localhost"),
-		redisPort:        number("REDIS_PORT", "6379", 65535),
-		redisPassword:    getenv("REDIS_PASSWORD"),
+		bindAddress:      s.host("BIND_ADDRESS", ""), // empty: all addresses of the machine
+		port:             s.number("PORT", "8000", 65535),
+		postgresHost:     s.host("POSTGRES_HOST", "localhost"),
+		postgresPort:     s.number("POSTGRES_PORT", "5432", 65535),
+		postgresDB:       cmp.Or(getenv("POSTGRES_DB"), "products_db"),
+		postgresUser:     cmp.Or(getenv("POSTGRES_USER"), "postgres"),
+		postgresPassword: s.secret("POSTGRES_PASSWORD"),
+		postgresSSLMode:  s.choice("POSTGRES_SSLMODE", "prefer", "disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+		redisHost:        s.host("REDIS_HOST", "localhost"),
+		redisPort:        s.number("REDIS_PORT", "6379", 65535),
+		redisPassword:    s.secret("REDIS_PASSWORD"),
 	}
-	seconds, _ := strconv.Atoi(number("CACHE_TTL", "300", 86400))
+	seconds, _ := strconv.Atoi(s.number("CACHE_TTL", "300", 86400))
 	cfg.cacheTTL = time.Duration(seconds) * time.Second
-	switch cfg.postgresSSLMode {
-	case "disable", "allow", "prefer", "require", "verify-ca", "verify-full":
-	default:
-		errs = append(errs, fmt.Errorf("POSTGRES_SSLMODE must be disable, allow, prefer, require, verify-ca or verify-full, not %q", cfg.postgresSSLMode))
-	}
-	switch level := text("LOG_LEVEL", "info"); level {
-	case "debug", "info", "warn", "error":
-		_ = cfg.logLevel.UnmarshalText([]byte(level))
-	default:
-		errs = append(errs, fmt.Errorf("LOG_LEVEL must be debug, info, warn or error, not %q", level))
-	}
-	if len(errs) > 0 {
-		return config{}, errs[0]
-	}
-	return cfg, nil
+	_ = cfg.logLevel.UnmarshalText([]byte(s.choice("LOG_LEVEL", "info", "debug", "info", "warn", "error")))
+	return cfg, s.fault
 }
 
-// A server answers the API's requests.
+// A server answers the API's requests. All that the handlers need is in it: there are no global connections.
 type server struct {
-	cfg     config
-	db      *sql.DB
-	cache   *Cache
-	started time.Time
+	cfg      config
+	db       *sql.DB // a pool, which connects when somebody needs a connection
+	cache    *Cache
+	started  time.Time
+	stopping atomic.Bool // every answer now asks the client to close its connection
 }
 
-// serve runs the service until the context ends, then lets the requests in flight finish.
-func serve(ctx context.Context, cfg config) error {
+// newServer returns a server, which connects to PostgreSQL and Redis when it needs them. cache.Run must run.
+func newServer(cfg config) (*server, error) {
 	db, dsn, err := openDatabase(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return &server{cfg: cfg, db: db, cache: newCache(cfg, db, dsn), started: time.Now()}, nil
+}
+
+// serve runs the service until the context ends. Then it goes on for drainTime: whoever balances the load between
+// replicas hears only now that this one stops, and may have sent requests already. After that it takes no more, and
+// finishes those in flight.
+func serve(ctx context.Context, cfg config) error {
+	s, err := newServer(cfg)
 	if err != nil {
 		return err
 	}
-	defer db.Close()
-	// Nearly all memory is the garbage of requests: to collect it half as often as usual costs a few MiB.
+	defer s.db.Close()
+	// Nearly all memory is the garbage of requests. To collect it half as often as usual costs a few MiB.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200)
 	}
-	s := &server{cfg: cfg, db: db, cache: newCache(cfg, db, dsn), started: time.Now()}
 	listener, err := net.Listen("tcp", net.JoinHostPort(cfg.bindAddress, cfg.port))
 	if err != nil {
 		return err
@@ -152,9 +206,10 @@ func serve(ctx context.Context, cfg config) error {
 	// The requests in flight still need what runs in the background, so that stops after them.
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	go applySchema(background, db)
+	go applySchema(background, s.db)
 	go s.cache.Run(background)
 
+	// Without these limits one client could hold a connection, and the memory behind it, for ever.
 	srv := &http.Server{
 		Handler:           s.handler(),
 		ReadHeaderTimeout: 5 * time.Second,
@@ -173,6 +228,8 @@ func serve(ctx context.Context, cfg config) error {
 	case <-ctx.Done():
 	}
 	slog.Info("stopping")
+	s.stopping.Store(true)
+	<-time.After(drainTime)
 	last, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
 	if err := srv.Shutdown(last); err != nil {
@@ -197,6 +254,8 @@ func (s *server) endpoints() []endpoint {
 	}
 }
 
+// An endpoint is a route. Its handler answers the request, or returns an error and has written nothing: so there is one
+// place, respondError, where errors become responses.
 type endpoint struct {
 	pattern, about string
 	handle         func(http.ResponseWriter, *http.Request) error
@@ -216,6 +275,9 @@ func (s *server) handler() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		began := time.Now()
 		rec := &recorder{ResponseWriter: w, request: r}
+		if s.stopping.Load() {
+			w.Header().Set("Connection", "close") // the client's next request goes to another replica
+		}
 		if err := browsers.Check(r); err != nil {
 			respondError(rec, r, &problem{Status: http.StatusForbidden, Detail: "a page of another site may not change anything here"})
 		} else if mux.ServeHTTP(rec, r); rec.refused != 0 {
@@ -230,8 +292,9 @@ func (s *server) handler() http.Handler {
 	})
 }
 
-// A recorder notes what is sent, for the access log, and holds back the plain-text answers of the router itself
-// (a request that no pattern matched), for respondError to say the same.
+// A recorder is a ResponseWriter that notes what is sent, for the access log. It also holds back what the router itself
+// answers when no pattern matches: that is plain text, and respondError says the same as a problem. The header Allow,
+// which the router sets with a 405, stays.
 type recorder struct {
 	http.ResponseWriter
 	request                *http.Request
@@ -259,12 +322,13 @@ func (rec *recorder) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// A problem is an error for the client (RFC 9457). Nothing but what is in it is ever said to a client.
+// A problem is an error for the client, as RFC 9457 has it. Nothing but what is in it is ever said to a client. Errors
+// is for a body that breaks rules: what is wrong, by field.
 type problem struct {
 	Title  string            `json:"title"`
 	Status int               `json:"status"`
 	Detail string            `json:"detail"`
-	Errors map[string]string `json:"errors,omitempty"` // by field
+	Errors map[string]string `json:"errors,omitempty"`
 }
 
 func (p *problem) Error() string { return p.Detail }
@@ -275,7 +339,7 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	p, ok := errors.AsType[*problem](err)
 	switch {
 	case ok:
-	case r.Context().Err() != nil: // the client has gone: nobody reads this
+	case r.Context().Err() != nil: // the client has gone away: nobody reads this
 		p = &problem{Status: 499, Detail: "the client closed the connection"}
 	case unavailable(err):
 		slog.Warn("database unavailable", "error", err)
@@ -293,13 +357,12 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	_ = respondJSON(w, p.Status, answer) // texts can always be encoded
 }
 
-// respond sends a whole body with its length.
+// respond sends a whole body with its length, as JSON if no other type is set.
 func respond(w http.ResponseWriter, status int, body []byte) {
-	header := w.Header()
-	if header.Get("Content-Type") == "" {
-		header.Set("Content-Type", "application/json")
+	if w.Header().Get("Content-Type") == "" {
+		w.Header().Set("Content-Type", "application/json")
 	}
-	header.Set("Content-Length", strconv.Itoa(len(body)))
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
 	_, _ = w.Write(body) // an error means that the client has gone
 }
@@ -341,16 +404,17 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	return body, nil
 }
 
+// badRequest returns the problem of a request that cannot be understood.
 func badRequest(format string, args ...any) error {
 	return &problem{Status: http.StatusBadRequest, Detail: fmt.Sprintf(format, args...)}
 }
 
-// poolSize is how many connections each pool may open: enough for what the processors can keep busy, few enough
-// for several replicas at one PostgreSQL.
+// poolSize is how many connections to PostgreSQL may be open: enough for what the processors can keep busy, and few
+// enough for several replicas at one PostgreSQL.
 func poolSize() int { return 4 + 4*runtime.GOMAXPROCS(0) }
 
-// A dialer makes connections on which PostgreSQL must answer within a time: a query's context cannot end a read
-// from a server that has fallen silent.
+// A dialer makes connections to PostgreSQL on which an answer must come within a time. The context of a query cannot end
+// a read from a server that has fallen silent.
 type dialer struct{ patience time.Duration }
 
 func (d dialer) Dial(network, address string) (net.Conn, error) {
@@ -362,10 +426,11 @@ func (d dialer) DialTimeout(network, address string, timeout time.Duration) (net
 	return &impatientConn{Conn: conn, patience: d.patience}, err
 }
 
+// An impatientConn is a connection of a dialer.
 type impatientConn struct {
 	net.Conn
 	patience time.Duration
-	limit    time.Time // lib/pq's own, for the time in which it connects
+	limit    time.Time // set by lib/pq for the time in which it connects
 }
 
 func (c *impatientConn) SetDeadline(t time.Time) error {
@@ -382,73 +447,33 @@ func (c *impatientConn) Read(b []byte) (int, error) {
 		return 0, err
 	}
 	n, err := c.Conn.Read(b)
-	// With sslmode=prefer, lib/pq 1.12 begins anew, without closing what it had, when a server has no TLS, which it
-	// says with this byte, or does not answer. PostgreSQL would wait a minute for what comes next.
+	// A server without TLS answers N. With sslmode=prefer, lib/pq 1.12 then connects anew, as it does when no answer
+	// comes, but it does not close the first connection. PostgreSQL would wait on it for a minute.
 	if err != nil || len(b) == 1 && b[0] == 'N' {
 		_ = c.Conn.Close()
 	}
 	return n, err
 }
 
-// A preparer makes connections that prepare each query, all of which are constants, the first time they get it, so
-// that PostgreSQL parses and plans it once and not for every request.
-type preparer struct{ driver.Connector }
-
-func (p preparer) Connect(ctx context.Context) (driver.Conn, error) {
-	conn, err := p.Connector.Connect(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return &preparingConn{conn.(pqConn), map[string]driver.Stmt{}}, nil
-}
-
-// A pqConn is all that database/sql uses of a connection.
-type pqConn interface {
-	driver.Conn
-	driver.ConnPrepareContext
-	driver.ExecerContext
-	driver.NamedValueChecker
-	driver.SessionResetter
-	driver.Validator
-}
-
-type preparingConn struct {
-	pqConn
-	prepared map[string]driver.Stmt
-}
-
-func (c *preparingConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
-	stmt := c.prepared[query]
-	if stmt == nil {
-		var err error
-		if stmt, err = c.PrepareContext(ctx, query); err != nil {
-			return nil, err
-		}
-		c.prepared[query] = stmt
-	}
-	rows, err := stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
-	if e := pq.As(err); e != nil && e.Code == "0A000" { // the table was altered, and the statement not run
-		return nil, driver.ErrBadConn
-	}
-	return rows, err
-}
-
 // openDatabase returns a pool, which connects when it is used, and the DSN behind it.
 func openDatabase(cfg config) (*sql.DB, string, error) {
-	dsn := (&url.URL{
-		Scheme: "postgres",
-		User:   url.UserPassword(cfg.postgresUser, cfg.postgresPassword),
-		Host:   net.JoinHostPort(cfg.postgresHost, cfg.postgresPort),
-		Path:   "/" + cfg.postgresDB,
-		RawQuery: url.Values{
-			"sslmode":           {cfg.postgresSSLMode},
-			"application_name":  {"desafio3"}, // the trigger in schema.sql knows the service's own writes by it
-			"connect_timeout":   {"2"},
-			"timezone":          {"UTC"},
-			"statement_timeout": {strconv.FormatInt(statementTimeout.Milliseconds(), 10)},
-			"binary_parameters": {"yes"}, // one round trip a query
-		}.Encode(),
-	}).String()
+	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`)
+	dsn := ""
+	for name, value := range map[string]string{
+		"host":              cfg.postgresHost,
+		"port":              cfg.postgresPort,
+		"user":              cfg.postgresUser,
+		"password":          cfg.postgresPassword,
+		"dbname":            cfg.postgresDB,
+		"sslmode":           cfg.postgresSSLMode,
+		"application_name":  "desafio3", // the trigger in schema.sql knows the service's own writes by it
+		"connect_timeout":   "1",
+		"timezone":          "UTC",
+		"statement_timeout": strconv.FormatInt(statementTimeout.Milliseconds(), 10),
+		"binary_parameters": "yes", // one round trip a query
+	} {
+		dsn += fmt.Sprintf("%s='%s' ", name, quote.Replace(value))
+	}
 	dbConfig, err := pq.NewConfig(dsn)
 	if err != nil {
 		return nil, "", err
@@ -457,7 +482,7 @@ func openDatabase(cfg config) (*sql.DB, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	connector.Dialer(dialer{statementTimeout + 500*time.Millisecond})
+	connector.Dialer(dialer{statementTimeout + 500*time.Millisecond}) // a little longer than the server's own patience
 	db := sql.OpenDB(preparer{connector})
 	db.SetMaxOpenConns(poolSize())
 	db.SetMaxIdleConns(poolSize())
@@ -465,44 +490,19 @@ func openDatabase(cfg config) (*sql.DB, string, error) {
 	return db, dsn, nil
 }
 
-// within returns what f returns, or the context's error when that ends first or requestTimeout is over: a driver that
-// waits for a silent server may notice late. Then f goes on by itself.
-func within[T any](ctx context.Context, f func(context.Context) (T, error)) (T, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	type result struct {
-		value T
-		err   error
-	}
-	done := make(chan result, 1)
-	go func() {
-		value, err := f(ctx)
-		done <- result{value, err}
-	}()
-	select {
-	case r := <-done:
-		return r.value, r.err
-	case <-ctx.Done():
-		var none T
-		return none, ctx.Err()
-	}
-}
-
 // applySchema tries until PostgreSQL has taken the schema, all of it in one transaction, or the context ends.
 func applySchema(ctx context.Context, db *sql.DB) {
 	repeat(ctx, "database not ready", func() (bool, error) {
-		ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-		defer cancel()
 		_, err := db.ExecContext(ctx, schema)
 		return err == nil, err
 	})
 }
 
-// repeat calls f with every heartbeat until it says that it is done or the context ends, and logs an error that is not
-// the one before it.
+// repeat is for what must go on for as long as the process lives, whatever the servers do. It calls f at every heartbeat,
+// until f says that it is done or the context ends, and logs an error that is not the one before it.
 func repeat(ctx context.Context, what string, f func() (done bool, err error)) {
-	beat := time.NewTicker(heartbeat)
-	defer beat.Stop()
+	ticker := time.NewTicker(heartbeat)
+	defer ticker.Stop()
 	for last := ""; ; {
 		done, err := f()
 		if done || ctx.Err() != nil {
@@ -517,7 +517,7 @@ func repeat(ctx context.Context, what string, f func() (done bool, err error)) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-beat.C:
+		case <-ticker.C:
 		}
 	}
 }

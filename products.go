@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -9,7 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -23,7 +22,8 @@ import (
 	"github.com/lib/pq"
 )
 
-// A product as the API shows it. Its price is the digits of a NUMERIC, never a float.
+// A product is as the API shows it. Its price is a json.Number, which is the digits that PostgreSQL sends for a NUMERIC: a
+// float would turn 0.10 into 0.1000000000000000055.
 type product struct {
 	ID          int64       `json:"id"`
 	Name        string      `json:"name"`
@@ -40,57 +40,85 @@ func (p *product) scan(row interface{ Scan(...any) error }) error {
 	return row.Scan(&p.ID, &p.Name, &p.Description, &p.Price, &p.Stock, &p.Category, &p.CreatedAt, &p.UpdatedAt)
 }
 
-const selectAll = `
-SELECT id, name, description, price, stock, category, created_at, updated_at
-FROM products
-ORDER BY id`
+// A productList is a list as the API shows it: all products, or a page of them. Next is the path of the next page.
+type productList struct {
+	Count    int       `json:"count"`
+	Products []product `json:"products"`
+	Next     string    `json:"next,omitempty"`
+}
 
-const selectPage = `
+// selectProducts is for the whole list, too: LIMIT NULL is no limit.
+const selectProducts = `
 SELECT id, name, description, price, stock, category, created_at, updated_at
 FROM products
 WHERE id > $1
 ORDER BY id
 LIMIT $2`
 
-const selectCategoryPage = `
+// selectCategory is a statement of its own, because with "category = $3 OR $3 IS NULL" in the one above PostgreSQL could
+// not use the index of the categories.
+const selectCategory = `
 SELECT id, name, description, price, stock, category, created_at, updated_at
 FROM products
 WHERE id > $1 AND category = $3
 ORDER BY id
 LIMIT $2`
 
+// queryProducts runs one of the two statements above.
+func (s *server) queryProducts(ctx context.Context, query string, args ...any) (productList, error) {
+	list := productList{Products: []product{}}
+	rows, err := s.db.QueryContext(ctx, query, args...)
+	if err != nil {
+		return list, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var p product
+		if err := p.scan(rows); err != nil {
+			return list, err
+		}
+		list.Products = append(list.Products, p)
+	}
+	list.Count = len(list.Products)
+	return list, rows.Err()
+}
+
 // listProducts answers GET /products: the whole list from the cache, or a page from PostgreSQL.
 func (s *server) listProducts(w http.ResponseWriter, r *http.Request) error {
 	if r.URL.RawQuery != "" {
-		return s.pageOfProducts(w, r)
+		return s.listPage(w, r)
 	}
 	return s.respondCached(w, r, keyAll, func(ctx context.Context) ([]byte, error) {
-		rows, err := s.db.QueryContext(ctx, selectAll)
+		list, err := s.queryProducts(ctx, selectProducts, 0, nil)
 		if err != nil {
 			return nil, err
 		}
-		return encodeList(rows, nil)
+		return encode(list)
 	})
 }
 
+// maxPage is how many products a page may have, and has where limit is not given.
 const maxPage = 1000
 
-// A page is what a query string asks for.
+// A page is what a query string asks for: products after an id, of all categories or of one. This is keyset pagination:
+// "after the last id that you have seen" finds its place by the index, however far it is, and is right while others
+// create and delete products. OFFSET is neither.
 type page struct {
 	after    int64
 	limit    int
 	category *string
 }
 
-// parsePage reads a query string. The error is a problem.
+// parsePage reads a query string. The parameters are checked in a fixed order, so that the same request always gets the
+// same error. The error is a problem.
 func parsePage(rawQuery string) (page, error) {
 	p := page{limit: maxPage}
 	query, err := url.ParseQuery(rawQuery)
 	if err != nil {
 		return p, badRequest("the query string is malformed")
 	}
-	for name, values := range query {
-		value := values[0]
+	for _, name := range slices.Sorted(maps.Keys(query)) {
+		value := query.Get(name)
 		ok, rule := true, ""
 		switch name {
 		case "category":
@@ -106,7 +134,7 @@ func parsePage(rawQuery string) (page, error) {
 		default:
 			return p, badRequest("%s is not a parameter: category, limit and after are", name)
 		}
-		if len(values) > 1 {
+		if len(query[name]) > 1 {
 			return p, badRequest("%s is given more than once", name)
 		}
 		if !ok {
@@ -114,30 +142,6 @@ func parsePage(rawQuery string) (page, error) {
 		}
 	}
 	return p, nil
-}
-
-func (s *server) pageOfProducts(w http.ResponseWriter, r *http.Request) error {
-	p, err := parsePage(r.URL.RawQuery)
-	if err != nil {
-		return err
-	}
-	// One row more than asked for tells whether there is a next page.
-	body, err := within(r.Context(), func(ctx context.Context) ([]byte, error) {
-		query, args := selectPage, []any{p.after, p.limit + 1}
-		if p.category != nil {
-			query, args = selectCategoryPage, append(args, *p.category)
-		}
-		rows, err := s.db.QueryContext(ctx, query, args...)
-		if err != nil {
-			return nil, err
-		}
-		return encodeList(rows, &p)
-	})
-	if err != nil {
-		return err
-	}
-	respond(w, http.StatusOK, body)
-	return nil
 }
 
 // next returns the path of the page that begins after an id.
@@ -149,57 +153,39 @@ func (p *page) next(after int64) string {
 	return "/products?" + query.Encode()
 }
 
-// encodeList encodes rows as they come, so that a long list is in memory once, and closes them. Of a page it takes
-// no more than the page's limit, and names the next page when there is more.
-func encodeList(rows *sql.Rows, page *page) ([]byte, error) {
-	defer rows.Close()
-	const room = len(`{"count":9223372036854775807,"products":[`)
-	buf := bytes.NewBuffer(make([]byte, room, 4096))
-	enc := json.NewEncoder(buf)
-	enc.SetEscapeHTML(false)
-	var p product
-	count, next := 0, ""
-	for rows.Next() {
-		if page != nil && count == page.limit {
-			next = page.next(p.ID)
-			break
-		}
-		if err := p.scan(rows); err != nil {
-			return nil, err
-		}
-		if err := enc.Encode(&p); err != nil {
-			return nil, err
-		}
-		buf.Bytes()[buf.Len()-1] = ',' // where Encode has put a new line
-		count++
+// listPage answers GET /products with a query string. Pages are not cached: there are too many different ones, and each
+// write would have to delete them all.
+func (s *server) listPage(w http.ResponseWriter, r *http.Request) error {
+	p, err := parsePage(r.URL.RawQuery)
+	if err != nil {
+		return err
 	}
-	if err := rows.Err(); err != nil {
-		return nil, err
+	// One row more than asked for tells whether there is a next page.
+	query, args := selectProducts, []any{p.after, p.limit + 1}
+	if p.category != nil {
+		query, args = selectCategory, append(args, *p.category)
 	}
-	if count > 0 {
-		buf.Truncate(buf.Len() - 1)
+	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
+	defer cancel()
+	list, err := s.queryProducts(ctx, query, args...)
+	if err != nil {
+		return err
 	}
-	buf.WriteByte(']')
-	if next != "" {
-		buf.WriteString(`,"next":`)
-		if err := enc.Encode(next); err != nil {
-			return nil, err
-		}
-		buf.Truncate(buf.Len() - 1)
+	if list.Count > p.limit {
+		list.Count, list.Products = p.limit, list.Products[:p.limit]
+		list.Next = p.next(list.Products[p.limit-1].ID)
 	}
-	buf.WriteString("}\n")
-	// The count is known only now: it goes to the end of the room kept for it.
-	head := fmt.Sprintf(`{"count":%d,"products":[`, count)
-	body := buf.Bytes()[room-len(head):]
-	copy(body, head)
-	return body, nil
+	return respondJSON(w, http.StatusOK, list)
 }
+
+// ---------------------------------------------------------------- one product
 
 const selectProduct = `
 SELECT id, name, description, price, stock, category, created_at, updated_at
 FROM products
 WHERE id = $1`
 
+// getProduct answers GET /products/{id}, from the cache.
 func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
 	id, ok := parseID(r.PathValue("id"))
 	if !ok {
@@ -214,7 +200,8 @@ func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// respondCached answers with the body of key and says where it came from.
+// respondCached answers with the body of key and says where it came from. The body is the same bytes, whether it was
+// cached or not.
 func (s *server) respondCached(w http.ResponseWriter, r *http.Request, key string, load func(context.Context) ([]byte, error)) error {
 	body, from, err := s.cache.Get(r.Context(), key, load)
 	if from != "" {
@@ -227,11 +214,14 @@ func (s *server) respondCached(w http.ResponseWriter, r *http.Request, key strin
 	return nil
 }
 
+// In this statement and the next, NULL stands for a field that was not sent. The casts are there because a number comes as
+// its digits: PostgreSQL turns them into a number, exactly.
 const insertProduct = `
 INSERT INTO products (name, description, price, stock, category)
-VALUES ($1, coalesce($2, ''), $3::numeric, coalesce($4, 0), coalesce($5, ''))
+VALUES ($1, coalesce($2, ''), $3::numeric, coalesce($4::integer, 0), coalesce($5, ''))
 RETURNING id, name, description, price, stock, category, created_at, updated_at`
 
+// createProduct answers POST /products. The new product can be in no cache yet, but the list can.
 func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	f, err := readFields(w, r, true)
 	if err != nil {
@@ -239,7 +229,7 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	}
 	var p product
 	err = s.cache.Write(r.Context(), []string{keyAll}, func(ctx context.Context, conn *sql.Conn) error {
-		return p.scan(conn.QueryRowContext(ctx, insertProduct, f.Name, f.Description, f.Price, f.Stock, f.Category))
+		return p.scan(conn.QueryRowContext(ctx, insertProduct, f["name"], f["description"], f["price"], f["stock"], f["category"]))
 	})
 	if err != nil {
 		return err
@@ -253,12 +243,14 @@ UPDATE products
 SET name        = coalesce($2, name),
     description = coalesce($3, description),
     price       = coalesce($4::numeric, price),
-    stock       = coalesce($5, stock),
+    stock       = coalesce($5::integer, stock),
     category    = coalesce($6, category),
-    updated_at  = now()
+    updated_at  = clock_timestamp() -- now() is when the statement began, maybe long before it got the row's lock
 WHERE id = $1
 RETURNING id, name, description, price, stock, category, created_at, updated_at`
 
+// updateProduct answers PUT /products/{id}. It is one statement: to read the row first and to write it back would lose
+// what somebody else changed in between.
 func (s *server) updateProduct(w http.ResponseWriter, r *http.Request) error {
 	id, ok := parseID(r.PathValue("id"))
 	if !ok {
@@ -270,10 +262,10 @@ func (s *server) updateProduct(w http.ResponseWriter, r *http.Request) error {
 	}
 	var p product
 	err = s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, func(ctx context.Context, conn *sql.Conn) error {
-		return missing(p.scan(conn.QueryRowContext(ctx, updateProduct, id, f.Name, f.Description, f.Price, f.Stock, f.Category)), id)
+		return p.scan(conn.QueryRowContext(ctx, updateProduct, id, f["name"], f["description"], f["price"], f["stock"], f["category"]))
 	})
 	if err != nil {
-		return err
+		return missing(err, id)
 	}
 	return respondJSON(w, http.StatusOK, &p)
 }
@@ -283,6 +275,7 @@ DELETE FROM products
 WHERE id = $1
 RETURNING id`
 
+// deleteProduct answers DELETE /products/{id}.
 func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
 	id, ok := parseID(r.PathValue("id"))
 	if !ok {
@@ -290,23 +283,25 @@ func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
 	}
 	err := s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, func(ctx context.Context, conn *sql.Conn) error {
 		var deleted int64
-		return missing(conn.QueryRowContext(ctx, deleteProduct, id).Scan(&deleted), id)
+		return conn.QueryRowContext(ctx, deleteProduct, id).Scan(&deleted)
 	})
 	if err != nil {
-		return err
+		return missing(err, id)
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
+// clearCache answers DELETE /cache/clear. It deletes this service's keys only: others may use the same Redis.
 func (s *server) clearCache(w http.ResponseWriter, r *http.Request) error {
-	cleared, err := s.cache.Clear(r.Context())
+	cleared, err := s.cache.Clear()
 	if err != nil {
 		return &problem{Status: http.StatusServiceUnavailable, Detail: "cache unavailable"}
 	}
 	return respondJSON(w, http.StatusOK, map[string]int{"cleared": cleared})
 }
 
+// productKey is the key under which a product is cached.
 func productKey(id int64) string { return keyPrefix + strconv.FormatInt(id, 10) }
 
 // parseID accepts a positive 64-bit integer, written in the one way in which the API writes it.
@@ -315,6 +310,7 @@ func parseID(text string) (int64, bool) {
 	return id, err == nil && id > 0 && strconv.FormatInt(id, 10) == text
 }
 
+// noSuchProduct returns the problem of an id that no product has.
 func noSuchProduct(id any) error {
 	return &problem{Status: http.StatusNotFound, Detail: fmt.Sprintf("product %v does not exist", id)}
 }
@@ -327,142 +323,173 @@ func missing(err error, id int64) error {
 	return err
 }
 
-// fields are what a body sets; nil means that it does not. Price and Stock are exact digits once checked.
-type fields struct {
-	Name, Description, Category *string
-	Price, Stock                *json.Number
+// fields are what a body sets, by name: a text, or a number's digits as they were sent. A field that was not sent is nil,
+// which is NULL in a statement.
+type fields map[string]*string
+
+// A rule is what a field must be. A value of the wrong type is a 400, since the body cannot be understood; one that breaks
+// the rule is a 422, which names the field and says the rule.
+type rule struct {
+	number, required bool // required when a product is created
+	valid            func(string) bool
+	says             string
+}
+
+// A price stays digits from the body to PostgreSQL, so it is exact.
+var rules = map[string]rule{
+	"name":        {required: true, valid: hasLength(1, 200), says: "must have from 1 to 200 characters"},
+	"description": {valid: hasLength(0, 2000), says: "must have at most 2000 characters"},
+	"category":    {valid: hasLength(0, 100), says: "must have at most 100 characters"},
+	"price": {number: true, required: true, valid: regexp.MustCompile(`^[0-9]{1,8}(\.[0-9]{1,2})?$`).MatchString,
+		says: "must be a number from 0 to 99999999.99 with at most 2 decimals"},
+	"stock": {number: true, valid: isStock, says: "must be a whole number from 0 to 2147483647"},
+}
+
+// hasLength returns a function that reports whether a text has from min to max characters.
+func hasLength(min, max int) func(string) bool {
+	return func(text string) bool {
+		n := utf8.RuneCountInString(text)
+		return n >= min && n <= max
+	}
+}
+
+// isStock reports whether digits are a whole number that PostgreSQL's type integer can hold.
+func isStock(digits string) bool {
+	_, err := strconv.ParseUint(digits, 10, 31)
+	return err == nil
 }
 
 // readFields reads, decodes and checks a request's body. The error is a problem.
 func readFields(w http.ResponseWriter, r *http.Request, creating bool) (fields, error) {
-	var f fields
 	body, err := readBody(w, r)
-	if err == nil {
-		f, err = decodeFields(body)
+	if err != nil {
+		return nil, err
 	}
+	f, err := decodeFields(body)
 	if err == nil {
 		err = f.check(creating)
 	}
 	return f, err
 }
 
-// escapes matches a JSON string's escapes, so that the last three alternatives, which encoding/json would replace or
-// PostgreSQL refuse, are seen only where they really are escapes: a surrogate without its other half, and NUL.
-var escapes = regexp.MustCompile(`\\(?:\\|u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89abAB]|u[dD][c-fC-F]|u0000))`)
-
-// decodeFields decodes one JSON object. Unlike json.Unmarshal it insists on exact and unrepeated names and on text
-// that is Unicode. The error is a problem.
+// decodeFields decodes a body, which must be one JSON object. Unlike encoding/json by itself, it takes a name only as it is
+// written, and neither an unknown one nor null. Names are looked at in their order, so that the same body always gets
+// the same error. The error is a problem.
 func decodeFields(body []byte) (fields, error) {
-	var f fields
 	if !utf8.Valid(body) {
-		return f, badRequest("the body is not valid UTF-8")
+		return nil, badRequest("the body is not valid UTF-8")
 	}
-	for _, match := range escapes.FindAllSubmatchIndex(body, -1) {
-		if match[2] >= 0 {
-			return f, badRequest("the body contains a NUL or half a surrogate pair")
-		}
+	var sent map[string]json.RawMessage
+	if err := json.Unmarshal(body, &sent); err != nil || sent == nil {
+		return nil, badRequest("the body must be one JSON object")
 	}
-	dec := json.NewDecoder(bytes.NewReader(body))
-	if token, err := dec.Token(); err != nil || token != json.Delim('{') {
-		return f, badRequest("the body must be a JSON object")
-	}
-	texts := map[string]**string{"name": &f.Name, "description": &f.Description, "category": &f.Category}
-	numbers := map[string]**json.Number{"price": &f.Price, "stock": &f.Stock}
-	for dec.More() {
-		token, err := dec.Token()
-		if err != nil {
-			return f, badRequest("the body is not valid JSON")
-		}
-		name := token.(string)
-		var value json.RawMessage
-		if err := dec.Decode(&value); err != nil {
-			return f, badRequest("the body is not valid JSON")
-		}
-		if text, ok := texts[name]; ok {
-			if value[0] != '"' {
-				return f, badRequest("%s must be a string", name)
+	f := fields{}
+	for _, name := range slices.Sorted(maps.Keys(sent)) {
+		rule, known := rules[name]
+		value := string(sent[name])
+		switch first := value[0]; {
+		case !known:
+			return nil, badRequest("%q is not a field", name)
+		case rule.number && first != '-' && (first < '0' || first > '9'):
+			return nil, badRequest("%s must be a number", name)
+		case !rule.number && first != '"':
+			return nil, badRequest("%s must be a string", name)
+		case !rule.number:
+			if err := json.Unmarshal(sent[name], &value); err != nil || strings.Contains(value, "\x00") {
+				return nil, badRequest("%s contains a NUL, which PostgreSQL cannot store", name)
 			}
-			err = json.Unmarshal(value, text)
-			delete(texts, name)
-		} else if number, ok := numbers[name]; ok {
-			if value[0] != '-' && (value[0] < '0' || value[0] > '9') {
-				return f, badRequest("%s must be a number", name)
-			}
-			err = json.Unmarshal(value, number)
-			delete(numbers, name)
-		} else {
-			return f, badRequest("%s is not a field, or is given twice", name)
 		}
-		if err != nil {
-			return f, badRequest("the body is not valid JSON")
-		}
-	}
-	if _, err := dec.Token(); err != nil {
-		return f, badRequest("the body is not valid JSON")
-	}
-	if _, err := dec.Token(); err != io.EOF {
-		return f, badRequest("the body has more than one JSON object")
+		f[name] = &value
 	}
 	return f, nil
 }
 
-// check trims and tests what was sent. The error is a problem that names every field at fault.
-func (f *fields) check(creating bool) error {
+// check trims the name and holds the fields against their rules. The error is a problem that names every field at fault.
+func (f fields) check(creating bool) error {
+	if name := f["name"]; name != nil {
+		*name = strings.TrimSpace(*name)
+	}
 	faults := map[string]string{}
-	if f.Name != nil {
-		*f.Name = strings.TrimSpace(*f.Name)
-		if n := utf8.RuneCountInString(*f.Name); n < 1 || n > 200 {
-			faults["name"] = "must have from 1 to 200 characters"
+	for name, rule := range rules {
+		if value := f[name]; value != nil && !rule.valid(*value) {
+			faults[name] = rule.says
+		} else if value == nil && rule.required && creating {
+			faults[name] = "is required"
 		}
-	} else if creating {
-		faults["name"] = "is required"
-	}
-	if f.Description != nil && utf8.RuneCountInString(*f.Description) > 2000 {
-		faults["description"] = "must have at most 2000 characters"
-	}
-	if f.Price != nil {
-		if !exact(f.Price, 2, "99999999.99") {
-			faults["price"] = "must be a number from 0 to 99999999.99 with at most 2 decimals"
-		}
-	} else if creating {
-		faults["price"] = "is required"
-	}
-	if f.Stock != nil && !exact(f.Stock, 0, "2147483647") {
-		faults["stock"] = "must be a whole number from 0 to 2147483647"
-	}
-	if f.Category != nil && utf8.RuneCountInString(*f.Category) > 100 {
-		faults["category"] = "must have at most 100 characters"
 	}
 	if len(faults) > 0 {
 		return &problem{Status: http.StatusUnprocessableEntity, Detail: "some fields are not valid", Errors: faults}
 	}
-	if *f == (fields{}) {
+	if len(f) == 0 {
 		return &problem{Status: http.StatusUnprocessableEntity, Detail: "no field to change was sent"}
 	}
 	return nil
 }
 
-// exact rewrites a JSON number (1e2, 0.10) as plain digits, and reports whether it is from 0 to most and has no more
-// decimals than given.
-func exact(n *json.Number, decimals int, most string) bool {
-	text := string(*n)
-	// A number that is much longer, or has a larger exponent, cannot be in range, but could take long to work out.
-	_, exponent, _ := strings.Cut(strings.ToLower(text), "e")
-	if e, err := strconv.Atoi(exponent); len(text) > 100 || exponent != "" && (err != nil || e < -100 || e > 100) {
-		return false
-	}
-	value, ok := new(big.Rat).SetString(text)
-	limit, _ := new(big.Rat).SetString(most)
-	if !ok || value.Sign() < 0 || value.Cmp(limit) > 0 {
-		return false
-	}
-	digits := value.FloatString(decimals)
-	rounded, _ := new(big.Rat).SetString(digits)
-	*n = json.Number(digits)
-	return rounded.Cmp(value) == 0
+// ---------------------------------------------------------------- statements
+
+// errTooLate says that a statement was not sent because it was too late for it.
+var errTooLate = errors.New("too late to send the statement")
+
+// A sendBefore is a context whose deadline is for sending a statement. It does not end one that has been sent.
+type sendBefore struct {
+	context.Context
+	deadline time.Time
 }
 
-// unavailable reports whether an error of a statement means that PostgreSQL cannot be used now, rather than that the
+func (s sendBefore) Deadline() (time.Time, bool) { return s.deadline, true }
+
+// A preparer makes connections that prepare each query when they get it for the first time, so that PostgreSQL parses and
+// plans it once and not for every request. All queries are constants, so there are only a few.
+type preparer struct{ driver.Connector }
+
+func (p preparer) Connect(ctx context.Context) (driver.Conn, error) {
+	conn, err := p.Connector.Connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &preparingConn{conn.(pqConn), map[string]driver.Stmt{}}, nil
+}
+
+// A pqConn is all that database/sql uses of a connection.
+type pqConn interface {
+	driver.Conn
+	driver.ConnPrepareContext
+	driver.ExecerContext
+	driver.NamedValueChecker
+	driver.SessionResetter
+	driver.Validator
+}
+
+// A preparingConn is a connection of a preparer.
+type preparingConn struct {
+	pqConn
+	prepared map[string]driver.Stmt
+}
+
+// QueryContext sends a query unless the context's deadline has passed: then the error is errTooLate. Once it is sent the
+// context does not end it. Only statement_timeout does, at which PostgreSQL says that it has not made the change;
+// lib/pq would break the connection off instead, and nobody would know.
+func (c *preparingConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
+	stmt := c.prepared[query]
+	if stmt == nil {
+		var err error
+		if stmt, err = c.PrepareContext(ctx, query); err != nil {
+			return nil, err
+		}
+		c.prepared[query] = stmt
+	}
+	if deadline, ok := ctx.Deadline(); ok && time.Now().After(deadline) {
+		return nil, errTooLate
+	}
+	rows, err := stmt.(driver.StmtQueryContext).QueryContext(context.WithoutCancel(ctx), args)
+	if e := pq.As(err); e != nil && e.Code == "0A000" { // the table was altered, and the statement not run
+		return nil, driver.ErrBadConn
+	}
+	return rows, err
+}
+
+// unavailable reports whether the error of a statement means that PostgreSQL cannot be used now, rather than that the
 // statement is wrong.
 func unavailable(err error) bool {
 	if e := pq.As(err); e != nil {
@@ -471,16 +498,17 @@ func unavailable(err error) bool {
 		return slices.Contains([]string{"08", "28", "3D", "53", "57"}, string(e.Code.Class())) || e.Code == "42P01"
 	}
 	_, network := errors.AsType[net.Error](err)
-	return network || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, driver.ErrBadConn) ||
+	return network || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, errTooLate) || errors.Is(err, driver.ErrBadConn) ||
 		errors.Is(err, sql.ErrConnDone) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
-// outcomeUnknown reports whether a statement that ended with err may nevertheless have been committed, now or later:
-// it may not where PostgreSQL said so, or where it was never sent.
+// outcomeUnknown reports whether a statement that ended with err may have been committed, or may yet be: when
+// PostgreSQL did not say that it refused it, but the connection was lost or nothing came back in time. The writer's
+// marks then stay until they expire, which is after the last moment at which it can be committed.
 func outcomeUnknown(err error) bool {
-	if _, refused := errors.AsType[*problem](err); err == nil || refused {
+	if err == nil || errors.Is(err, sql.ErrNoRows) || errors.Is(err, errTooLate) {
 		return false
 	}
-	e := pq.As(err)
-	return e == nil || e.Fatal()
+	refusal := pq.As(err)
+	return refusal == nil || refusal.Fatal()
 }
