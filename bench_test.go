@@ -1,151 +1,501 @@
+//go:build linux
+
 package main
 
 import (
+	"bufio"
+	"bytes"
+	"cmp"
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
-	"net/http/httptest"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
+	"text/tabwriter"
+	"time"
 
 	"github.com/gomodule/redigo/redis"
 )
 
-// What lies inside a request, with its allocations: go test -run '^$' -bench . in the environment of the tests.
+// How fast the service is, as a client sees it. scripts/bench.sh runs this file with a PostgreSQL and a Redis of its own.
+//
+// How one measures, and what this file does for it:
+//   - What is measured is the real binary, in a process of its own. In the process of the load generator it would
+//     share Go's scheduler and garbage collector with it.
+//   - A number alone says little, since it depends on the machine. So there is always a reference beside it: a bare
+//     handler, which writes the same bytes from memory. Nothing that is written with net/http can be faster.
+//   - The programs are measured in turn, round by round, and the median of the rounds counts. Whatever else the
+//     machine does then meets all of them, so their ratio is much steadier than the numbers.
+//   - The processor time for a request is steadier still: it hardly depends on what else the machine does.
+//   - The load runs for a moment before it counts, so that connections are open and the cache is filled.
+//   - A wrong answer ends the measurement: errors are often faster than answers.
 
-// BenchmarkLookup is Cache.Get, without HTTP: one body in Redis; a key that is emptied before every lookup, so that it
-// takes the lease, asks PostgreSQL and fills; and the first by 100 at a time, where an operation is one of the 100.
-func BenchmarkLookup(b *testing.B) {
-	cfg := testConfig(b)
-	s := startServer(b, withDatabase(b, cfg))
-	p := s.create(`{"name":"Lamp","price":19.90}`)
-	load := func(ctx context.Context) ([]byte, error) {
-		var row product
-		if err := row.scan(s.db.QueryRowContext(ctx, selectProduct, p.ID)); err != nil {
+// The rounds are those of -benchtime (-benchtime 3x); the environment says the rest.
+var (
+	secondsEach = knob("SECONDS_EACH", 1)[0]      // how long a measurement takes
+	clientCount = knob("CLIENTS", 1, 64, 256)     // how many connections send requests
+	growth      = knob("GROWTH", 10_000, 100_000) // catalogues of so many products, beside those of 8 and 1,000
+	base        = os.Getenv("BASE")               // the path of another build of the service, to compare with
+)
+
+// knob reads whole numbers from an environment variable.
+func knob(name string, numbers ...int) []int {
+	text, set := os.LookupEnv(name)
+	if set {
+		numbers = nil
+	}
+	for word := range strings.FieldsSeq(text) {
+		numbers = append(numbers, must(strconv.Atoi(word)))
+	}
+	return numbers
+}
+
+// ---------------------------------------------------------------- the load
+
+// A load is what the clients of a measurement send.
+type load struct {
+	requests [][]byte // whole and ready to send; a client takes one at random, again and again
+	rate     int      // requests a second of all clients together; 0: each sends when it has its answer
+}
+
+// requests makes a request for each id from 1 on; it stands where the path says ID.
+func requests(method, path string, ids int) (all [][]byte) {
+	for id := 1; id <= ids; id++ {
+		end := "\r\n"
+		if method != http.MethodGet {
+			body := fmt.Sprintf(`{"name":"Product %d","price":%d.%02d,"stock":%d}`, id, id, id%100, rand.IntN(1000))
+			end = fmt.Sprintf("Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+		}
+		path := strings.Replace(path, "ID", strconv.Itoa(id), 1)
+		all = append(all, fmt.Appendf(nil, "%s %s HTTP/1.1\r\nHost: localhost\r\n%s", method, path, end))
+	}
+	return all
+}
+
+// mixed makes nine reads to one update.
+func mixed(reads, updates [][]byte) (all [][]byte) {
+	for i, update := range updates {
+		all = append(append(all, update), slices.Repeat(reads[i%len(reads):][:1], 9)...)
+	}
+	return all
+}
+
+// A measurement is what was found, by these names.
+type measurement [6]float64
+
+const (
+	perSecond = iota // answers
+	p50              // half of the requests had their answer within so many milliseconds
+	p99              // and 99 of 100 within so many
+	micros           // of processor time for a request
+	peak             // the most memory that the program has had since its start, in MiB
+	generator        // of processor time for a request, in microseconds, that the load generator took
+)
+
+// measure puts the load on the program and says what came of it.
+func (p *program) measure(b *testing.B, l load, clients, seconds int) (m measurement) {
+	begin := time.Now()
+	start := begin.Add(300 * time.Millisecond)
+	end := start.Add(time.Duration(seconds) * time.Second)
+	var turns atomic.Int64
+	client := func() (latencies []time.Duration, err error) {
+		conn, err := net.Dial("tcp", p.address)
+		if err != nil {
 			return nil, err
 		}
-		return encode(&row)
-	}
-	get := func(want source) {
-		body, from, err := s.cache.Get(b.Context(), productKey(p.ID), load)
-		if err != nil || from != want || len(body) == 0 {
-			b.Errorf("got %d bytes, %q, %v; want %q", len(body), from, err, want)
+		defer conn.Close()
+		_ = conn.SetDeadline(end.Add(time.Minute))
+		in := bufio.NewReaderSize(conn, 16<<10)
+		for {
+			sent := time.Now()
+			if l.rate > 0 {
+				// Latency counts from the moment at which the request should have been sent. If it counted from the
+				// moment at which a client was free to send it, one slow answer would make the requests behind it
+				// wait and nobody would see that.
+				sent = begin.Add(time.Duration(turns.Add(1)) * time.Second / time.Duration(l.rate))
+				sleepUntil(sent)
+			}
+			if sent.After(end) {
+				return latencies, nil
+			}
+			if err := exchange(conn, in, l.requests[rand.IntN(len(l.requests))]); err != nil {
+				return nil, err
+			}
+			now := time.Now()
+			counts := now.After(start) && now.Before(end)
+			if l.rate > 0 {
+				counts = sent.After(start) // a late answer most of all
+			}
+			if counts {
+				latencies = append(latencies, now.Sub(sent))
+			}
 		}
 	}
-	empty := func() {
-		if err := s.cache.command(func(conn redis.Conn) error {
-			_, err := conn.Do("DEL", productKey(p.ID))
+	latencies, errs := make([][]time.Duration, clients), make([]error, clients)
+	var wait sync.WaitGroup
+	for i := range clients {
+		wait.Go(func() { latencies[i], errs[i] = client() })
+	}
+	time.Sleep(time.Until(start))
+	program, own := processorTime(p.pid), processorTime(os.Getpid())
+	time.Sleep(time.Until(end))
+	program, own = processorTime(p.pid)-program, processorTime(os.Getpid())-own
+	wait.Wait()
+	all := slices.Sorted(slices.Values(slices.Concat(latencies...)))
+	if err := errors.Join(errs...); err != nil || len(all) == 0 {
+		b.Fatalf("%s: %d answers, then %v", p.name, len(all), err)
+	}
+	n, ms := float64(len(all)), func(i int) float64 { return all[i].Seconds() * 1e3 }
+	m[perSecond], m[p50], m[p99] = n/float64(seconds), ms(len(all)/2), ms(len(all)*99/100)
+	m[micros], m[generator], m[peak] = program/n*1e6, own/n*1e6, peakMemory(p.pid)
+	return m
+}
+
+// exchange sends a request and reads the answer, and does no more than it must: the load generator shares the
+// processors with the service.
+func exchange(conn net.Conn, in *bufio.Reader, request []byte) error {
+	if _, err := conn.Write(request); err != nil {
+		return err
+	}
+	for length := -1; ; {
+		line, err := in.ReadSlice('\n')
+		if value, ok := bytes.CutPrefix(line, []byte("Content-Length: ")); ok {
+			length, err = strconv.Atoi(string(bytes.TrimSpace(value)))
+		} else if bytes.HasPrefix(line, []byte("HTTP/1.1 ")) && !bytes.HasPrefix(line, []byte("HTTP/1.1 2")) {
+			err = fmt.Errorf("%q was the answer to %q", line, request)
+		} else if string(line) == "\r\n" { // the body follows
+			_, err = in.Discard(length)
 			return err
-		}); err != nil {
-			b.Fatal(err)
+		}
+		if err != nil {
+			return err
 		}
 	}
-	b.Run("hit", func(b *testing.B) {
-		empty()
-		get(miss)
-		b.ReportAllocs()
-		for b.Loop() {
-			get(hit)
-		}
+}
+
+// sleepUntil is time.Sleep, but exact: time.Sleep may be late by a millisecond.
+func sleepUntil(t time.Time) {
+	for left := time.Until(t); left > 0; left = time.Until(t) {
+		duration := syscall.NsecToTimespec(int64(left))
+		_ = syscall.Nanosleep(&duration, nil) // a signal may end it early
+	}
+}
+
+// processorTime returns how many seconds a process has kept a processor busy so far, with what the kernel did for it.
+func processorTime(pid int) float64 {
+	stat := string(must(os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))))
+	// The program's name, in brackets, is field 2. Fields 14 and 15 are utime and stime, in hundredths of a second.
+	fields := strings.Fields(stat[strings.LastIndex(stat, ")"):])
+	return float64(must(strconv.Atoi(fields[14-2]))+must(strconv.Atoi(fields[15-2]))) / 100
+}
+
+// peakMemory returns the most memory that a process has had so far, in MiB.
+func peakMemory(pid int) float64 {
+	status := string(must(os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))))
+	_, after, _ := strings.Cut(status, "VmHWM:")
+	return float64(must(strconv.Atoi(strings.Fields(after)[0]))) / 1024
+}
+
+// ---------------------------------------------------------------- the programs
+
+// A program is a process that answers HTTP.
+type program struct {
+	name, address string
+	pid           int
+	stop          func()
+}
+
+// start starts a program on a port of its own.
+func start(b *testing.B, name, path string, environment ...string) *program {
+	port := freePort()
+	cmd := exec.Command(path)
+	cmd.Stderr = must(os.Create(filepath.Join(b.TempDir(), "log")))
+	cmd.Env = append(os.Environ(), "BIND_ADDRESS=127.0.0.1", "PORT="+port, "LOG_LEVEL="+cmp.Or(os.Getenv("LOG_LEVEL"), "warn"))
+	cmd.Env = append(cmd.Env, environment...)
+	check(cmd.Start())
+	stop := sync.OnceFunc(func() {
+		check(cmd.Process.Signal(syscall.SIGTERM))
+		_ = cmd.Wait() // the references know no graceful end
 	})
-	b.Run("miss", func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			empty()
-			get(miss)
+	b.Cleanup(stop)
+	return &program{name, "127.0.0.1:" + port, cmd.Process.Pid, stop}
+}
+
+// await asks the program every millisecond, until it answers with these words.
+func (p *program) await(b *testing.B, path, words string) *program {
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		body, err := get(p.address + path)
+		if err == nil && bytes.Contains(body, []byte(words)) {
+			return p
 		}
-	})
-	b.Run("shared by 100", func(b *testing.B) {
-		empty()
-		get(miss)
-		b.ReportAllocs()
-		turns := make(chan bool)
-		var readers sync.WaitGroup
-		for range 100 {
-			readers.Go(func() {
-				for range turns {
-					get(hit)
-				}
-			})
+		if time.Now().After(deadline) {
+			b.Fatalf("%s: no %s in 20 s: %v %s", p.name, words, err, body)
 		}
-		for b.Loop() {
-			turns <- true
+	}
+}
+
+func get(address string) ([]byte, error) {
+	response, err := http.Get("http://" + address)
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close()
+	return io.ReadAll(response.Body)
+}
+
+// binaries returns the paths of what is compared: the service, built as the Dockerfile does, and BASE.
+func binaries(b *testing.B) []string {
+	path := filepath.Join(b.TempDir(), "service")
+	cmd := exec.Command("go", "build", "-trimpath", "-tags", "nethttpomithttp2", "-ldflags", "-s -w", "-o", path, ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		b.Fatalf("%v\n%s", err, out)
+	}
+	if base == "" {
+		return []string{path}
+	}
+	return []string{path, base}
+}
+
+// catalogue makes a database with so many products, and returns the environment that leads programs to it.
+func catalogue(b *testing.B, products int) (environment string) {
+	db := psql(b, withDatabase(b, testConfig(b)))
+	mustExec(b, db, string(must(os.ReadFile("schema.sql"))))
+	mustExec(b, db, `INSERT INTO products (name, description, price, stock, category)
+		SELECT 'Product ' || n, 'A product like any other, with a description of a usual length.',
+		       n % 1000 + 0.99, n % 100, 'category ' || n % 10
+		FROM generate_series(1, $1::int) n`, products)
+	mustExec(b, db, "VACUUM ANALYZE products")
+	check(db.QueryRow("SELECT 'POSTGRES_DB=' || current_database()").Scan(&environment))
+	return environment
+}
+
+// startReference starts this very program as a reference.
+func startReference(b *testing.B, name, database string, service *program) *program {
+	p := start(b, name, "/proc/self/exe", database, "REFERENCE="+name, "SERVICE="+service.address)
+	return p.await(b, "/products", "")
+}
+
+// init makes this program a reference, where startReference has started it.
+func init() {
+	handler := map[string]func() http.Handler{"bare handler": bareHandler, "textbook": textbook}[os.Getenv("REFERENCE")]
+	if handler != nil {
+		check(http.ListenAndServe("127.0.0.1:"+os.Getenv("PORT"), handler()))
+	}
+}
+
+// bareHandler asks the service once for each body, and from then on writes the same bytes from memory.
+func bareHandler() http.Handler {
+	var bodies sync.Map
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		path, status := r.URL.RequestURI(), http.StatusOK
+		if r.Method == http.MethodPost {
+			path, status = "/products/1", http.StatusCreated
 		}
-		close(turns)
-		readers.Wait()
+		_, _ = io.Copy(io.Discard, r.Body)
+		body, known := bodies.Load(path)
+		if !known {
+			body, _ = bodies.LoadOrStore(path, must(get(os.Getenv("SERVICE")+path)))
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Content-Length", strconv.Itoa(len(body.([]byte))))
+		w.WriteHeader(status)
+		_, _ = w.Write(body.([]byte))
 	})
 }
 
-// BenchmarkWrite is Cache.Write: announcing to Redis, one UPDATE, retracting; and the same with a change that does
-// nothing, which is what the cache adds to the UPDATE.
-func BenchmarkWrite(b *testing.B) {
-	s := startServer(b, withDatabase(b, testConfig(b)))
-	p := s.create(`{"name":"Lamp","price":19.90}`)
-	for name, change := range map[string]func(context.Context, *sql.Conn) error{
-		"update": func(ctx context.Context, conn *sql.Conn) error {
-			var row product
-			return row.scan(conn.QueryRowContext(ctx, updateProduct, p.ID, nil, nil, nil, 7, nil))
-		},
-		"nothing": func(context.Context, *sql.Conn) error { return nil },
-	} {
-		b.Run(name, func(b *testing.B) {
-			b.ReportAllocs()
-			for b.Loop() {
-				if err := s.cache.Write(b.Context(), []string{keyAll, productKey(p.ID)}, change); err != nil {
-					b.Fatal(err)
+// textbook updates a product as tutorials do: SELECT, BEGIN, UPDATE, COMMIT and then DEL for the cache, with pools like
+// the service's. It takes more round trips than the service, and lets its cache lie.
+func textbook() http.Handler {
+	size := 4 + 4*runtime.GOMAXPROCS(0)
+	db := must(sql.Open("postgres", os.ExpandEnv("host=$POSTGRES_HOST port=$POSTGRES_PORT dbname=$POSTGRES_DB user=$POSTGRES_USER "+
+		"password='$POSTGRES_PASSWORD' sslmode=disable binary_parameters=yes application_name=desafio3")))
+	db.SetMaxOpenConns(size)
+	db.SetMaxIdleConns(size)
+	pool := &redis.Pool{MaxActive: size, MaxIdle: size, Wait: true, Dial: dialRedis}
+	mux := http.NewServeMux()
+	mux.HandleFunc("PUT /products/{id}", func(w http.ResponseWriter, r *http.Request) {
+		var p struct {
+			ID, Stock                   int64
+			Name, Description, Category string
+			Price                       json.Number
+			CreatedAt, UpdatedAt        time.Time
+		}
+		const columns = "id, name, description, price, stock, category, created_at, updated_at"
+		all := []any{&p.ID, &p.Name, &p.Description, &p.Price, &p.Stock, &p.Category, &p.CreatedAt, &p.UpdatedAt}
+		check(db.QueryRowContext(r.Context(), "SELECT "+columns+" FROM products WHERE id = $1", r.PathValue("id")).Scan(all...))
+		check(json.NewDecoder(r.Body).Decode(&p))
+		tx := must(db.BeginTx(r.Context(), nil))
+		defer tx.Rollback()
+		check(tx.QueryRowContext(r.Context(), `UPDATE products
+			SET name = $2, description = $3, price = $4, stock = $5, category = $6, updated_at = now()
+			WHERE id = $1 RETURNING `+columns, p.ID, p.Name, p.Description, p.Price, p.Stock, p.Category).Scan(all...))
+		check(tx.Commit())
+		conn := pool.Get()
+		defer conn.Close()
+		must(conn.Do("DEL", "products:all", "products:"+r.PathValue("id")))
+		w.Header().Set("Content-Type", "application/json")
+		check(json.NewEncoder(w).Encode(p))
+	})
+	return mux
+}
+
+func dialRedis() (redis.Conn, error) {
+	return redis.Dial("tcp", os.ExpandEnv("$REDIS_HOST:$REDIS_PORT"), redis.DialPassword(os.Getenv("REDIS_PASSWORD")))
+}
+
+// ---------------------------------------------------------------- the benchmarks
+
+// A scenario is a line of the table.
+type scenario struct {
+	name      string
+	reference string
+	clients   []int
+	load
+}
+
+const listCleared = "list, cleared 200 times a second"
+
+// scenarios are what is measured with a catalogue of so many products.
+func scenarios(products int) []scenario {
+	ids, updates := requests("GET", "/products/ID", min(products, 1000)), requests("PUT", "/products/ID", min(products, 1000))
+	list, page := requests("GET", "/products", 1), requests("GET", fmt.Sprintf("/products?limit=20&after=%d", products/2), 1)
+	all := []scenario{
+		{"cached product", "bare handler", clientCount, load{ids, 0}},
+		{"page of 20, not cached", "bare handler", clientCount, load{page, 0}},
+		{"cached list", "bare handler", clientCount, load{list, 0}},
+	}
+	switch products {
+	case 8:
+		all = append(all,
+			scenario{listCleared, "bare handler", []int{64}, load{list, 0}},
+			scenario{"list, a tenth updates, constant rate", "bare handler", []int{64}, load{mixed(list, updates), 3000}})
+	case 1000:
+		all = append(all,
+			scenario{"product, a tenth updates, constant rate", "bare handler", []int{64}, load{mixed(ids, updates), 3000}},
+			scenario{"update", "bare handler", clientCount, load{updates, 0}},
+			scenario{"update", "textbook", []int{64}, load{updates, 0}},
+			scenario{"creation", "bare handler", clientCount, load{requests("POST", "/products", 1), 0}})
+	}
+	return all
+}
+
+// BenchmarkRequests prints the table: for each scenario its reference, the service and, where BASE names one, another
+// build of it.
+func BenchmarkRequests(b *testing.B) {
+	paths := binaries(b)
+	table := "products\t\tclients\treference" + strings.Repeat("\t|\ta second\tp50 ms\tp99 ms\tCPU µs\tpeak MiB\tratio", 1+len(paths)) + "\t\n"
+	for _, products := range append([]int{8, 1000}, growth...) {
+		b.Run(fmt.Sprintf("products=%d", products), func(b *testing.B) {
+			database := catalogue(b, products)
+			programs := []*program{nil} // for the reference
+			for _, path := range paths {
+				programs = append(programs, start(b, filepath.Base(path), path, database).await(b, "/stats", `"trusted":true`))
+			}
+			references := map[string]*program{}
+			for _, name := range []string{"bare handler", "textbook"} {
+				references[name] = startReference(b, name, database, programs[1])
+			}
+			for _, s := range scenarios(products) {
+				programs[0] = references[s.reference]
+				for _, clients := range s.clients {
+					b.Run(fmt.Sprintf("%s/%s/clients=%d", s.name, s.reference, clients), func(b *testing.B) {
+						if s.name == listCleared {
+							go clearList(b.Context())
+						}
+						seconds := max(secondsEach, products/10_000)
+						if s.rate > 0 {
+							seconds *= 3 // fewer requests a second
+						}
+						cells := compare(b, programs, s.load, clients, seconds)
+						table += fmt.Sprintf("%d\t%s\t%d\t%s\t%s\n", products, s.name, clients, s.reference, cells)
+					})
 				}
 			}
 		})
 	}
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 1, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(w, table)
+	check(w.Flush())
 }
 
-// BenchmarkDecode is all that is done to a body before SQL: reading, decoding, validating.
-func BenchmarkDecode(b *testing.B) {
-	for name, body := range map[string]string{
-		"valid":   `{"name":"Desk lamp","description":"Warm light, \u00e9tag\u00e8re","price":19.90,"stock":12,"category":"lighting"}`,
-		"large":   `{"name":"Desk lamp","price":19.90,"description":"` + strings.Repeat("a", 2000) + `"}`,
-		"invalid": `{"name":"","price":-1,"stock":1.5}`,
-	} {
-		b.Run(name, func(b *testing.B) {
-			b.ReportAllocs()
-			b.SetBytes(int64(len(body)))
-			for b.Loop() {
-				r := httptest.NewRequest("POST", "/products", strings.NewReader(body))
-				r.Header.Set("Content-Type", "application/json")
-				_, err := readFields(httptest.NewRecorder(), r, true)
-				if _, refused := errors.AsType[*problem](err); refused != (name == "invalid") {
-					b.Fatal(err)
-				}
-			}
-		})
+// compare measures programs in turn, round by round, and returns the cells with their medians.
+func compare(b *testing.B, programs []*program, l load, clients, seconds int) (cells string) {
+	rounds := make([][]measurement, len(programs))
+	for round := 0; b.Loop(); round++ {
+		for i := range programs {
+			i = (i + round) % len(programs) // so that each is first in turn
+			rounds[i] = append(rounds[i], programs[i].measure(b, l, clients, seconds))
+		}
+	}
+	reference := medians(rounds[0])
+	for i := range programs {
+		m := medians(rounds[i])
+		ratio := m[perSecond] / reference[perSecond]
+		cells += fmt.Sprintf("|\t%.0f\t%.2f\t%.2f\t%.1f\t%.1f\t%.2f\t", m[perSecond], m[p50], m[p99], m[micros], m[peak], ratio)
+		name := strings.ReplaceAll(programs[i].name, " ", "-")
+		b.ReportMetric(m[perSecond], name+"/s")
+		b.ReportMetric(m[generator], name+"-generator-µs")
+	}
+	b.ReportMetric(0, "ns/op") // of a whole round: that says nothing
+	return cells
+}
+
+// medians returns the median of each figure.
+func medians(rounds []measurement) (median measurement) {
+	for figure := range median {
+		slices.SortFunc(rounds, func(a, b measurement) int { return cmp.Compare(a[figure], b[figure]) })
+		median[figure] = rounds[len(rounds)/2][figure]
+	}
+	return median
+}
+
+// clearList takes the list out of Redis 200 times a second.
+func clearList(ctx context.Context) {
+	conn := must(dialRedis())
+	defer conn.Close()
+	for range time.Tick(5 * time.Millisecond) {
+		if ctx.Err() != nil {
+			return
+		}
+		must(conn.Do("DEL", "products:all"))
 	}
 }
 
-// BenchmarkList is the query for the whole list and its encoding.
-func BenchmarkList(b *testing.B) {
-	s := startServer(b, withDatabase(b, testConfig(b)))
-	for _, size := range []struct {
-		name  string
-		count int
-	}{{"8", 8}, {"10000", 10000}} {
-		mustExec(b, s.db, "TRUNCATE products")
-		mustExec(b, s.db, `INSERT INTO products (name, description, price, stock, category)
-			SELECT 'Product ' || n, 'with a description of a usual length', n % 1000 + 0.99, n % 100, 'category ' || n % 10
-			FROM generate_series(1, $1::int) n`, size.count)
-		b.Run(size.name, func(b *testing.B) {
-			b.ReportAllocs()
+// BenchmarkStart measures how long it takes from the start of the process to the first answer from the database, both
+// servers being up.
+func BenchmarkStart(b *testing.B) {
+	database := catalogue(b, 8)
+	for _, path := range binaries(b) {
+		b.Run(filepath.Base(path), func(b *testing.B) {
+			var took []float64
 			for b.Loop() {
-				rows, err := s.db.QueryContext(b.Context(), selectAll)
-				if err != nil {
-					b.Fatal(err)
+				for range 9 {
+					began := time.Now()
+					p := start(b, path, path, database).await(b, "/health", `"database":"connected"`)
+					took = append(took, time.Since(began).Seconds()*1e3)
+					p.stop()
 				}
-				body, err := encodeList(rows, nil)
-				if err != nil {
-					b.Fatal(err)
-				}
-				b.SetBytes(int64(len(body)))
 			}
+			slices.Sort(took)
+			b.ReportMetric(took[len(took)/2], "median-ms")
+			b.ReportMetric(took[len(took)-1], "slowest-ms")
+			b.ReportMetric(0, "ns/op")
 		})
 	}
 }

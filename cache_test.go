@@ -5,10 +5,10 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"net"
 	"os"
-	"path/filepath"
+	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -16,12 +16,13 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// A bench is two replicas, a and b, at one PostgreSQL and one Redis of the test's own, and a product whose stock
-// the tests read and change at points that they choose.
+// A bench is two replicas, a and b, at one PostgreSQL and, behind a proxy, one Redis of the test's own, and a product
+// whose stock the tests read and change at points that they choose.
 type bench struct {
 	t     *testing.T
 	cfg   config
 	redis *redisServer
+	proxy *proxy
 	a, b  *testServer
 	id    int64
 	keys  []string
@@ -29,8 +30,10 @@ type bench struct {
 
 func newBench(t *testing.T) *bench {
 	t.Helper()
-	r, cfg := startRedis(t, withDatabase(t, testConfig(t)))
-	be := &bench{t: t, cfg: cfg, redis: r, a: startServer(t, cfg), b: startServer(t, cfg)}
+	r, cfg := alone(t)
+	proxy := startProxy(t, net.JoinHostPort(cfg.redisHost, cfg.redisPort), nil)
+	cfg.redisPort = proxy.port
+	be := &bench{t: t, cfg: cfg, redis: r, proxy: proxy, a: startServer(t, cfg), b: startServer(t, cfg)}
 	be.id = be.a.create(`{"name":"a","price":1,"stock":0}`).ID
 	be.keys = []string{keyAll, productKey(be.id)}
 	return be
@@ -40,24 +43,44 @@ func newBench(t *testing.T) *bench {
 func (be *bench) load(ctx context.Context) ([]byte, error) {
 	var stock int
 	err := be.a.db.QueryRowContext(ctx, `SELECT stock FROM products WHERE id = $1`, be.id).Scan(&stock)
-	return fmt.Appendf(nil, `{"stock":%d}`, stock), err
+	return body(stock), err
 }
+
+func body(stock int) []byte { return fmt.Appendf(nil, `{"stock":%d}`, stock) }
 
 // read reads the stock through a replica, and fails the test unless it is as given.
 func (be *bench) read(s *testServer, want int) source {
 	be.t.Helper()
-	body, from, err := s.cache.Get(be.t.Context(), productKey(be.id), be.load)
-	if text := fmt.Sprintf(`{"stock":%d}`, want); err != nil || string(body) != text {
-		be.t.Errorf("read %s (%s, %v), want %s", body, from, err, text)
+	got, from, err := s.cache.Get(be.t.Context(), productKey(be.id), be.load)
+	if err != nil || string(got) != string(body(want)) {
+		be.t.Errorf("read %s (%s, %v), want %s", got, from, err, body(want))
 	}
 	return from
+}
+
+// awaitHit reads the stock through a replica, which must be as given all the time, until it comes from the cache.
+func (be *bench) awaitHit(s *testServer, want int) (took time.Duration) {
+	be.t.Helper()
+	began := time.Now()
+	eventually(be.t, "the cache is in use", func() bool { return be.read(s, want) == hit || be.t.Failed() })
+	return time.Since(began)
+}
+
+// awaitSeen waits until both replicas return a stock that others have set.
+func (be *bench) awaitSeen(stock int) {
+	be.t.Helper()
+	for _, s := range []*testServer{be.a, be.b} {
+		eventually(be.t, fmt.Sprintf("the stock is %d", stock), func() bool {
+			got, _, err := s.cache.Get(be.t.Context(), productKey(be.id), be.load)
+			return err == nil && string(got) == string(body(stock))
+		})
+	}
 }
 
 // commit is a change that sets the stock.
 func (be *bench) commit(stock int) func(context.Context, *sql.Conn) error {
 	return func(ctx context.Context, conn *sql.Conn) error {
-		_, err := conn.ExecContext(ctx, `UPDATE products SET stock = $2 WHERE id = $1`, be.id, stock)
-		return err
+		return conn.QueryRowContext(ctx, `UPDATE products SET stock = $2 WHERE id = $1 RETURNING id`, be.id, stock).Scan(new(int64))
 	}
 }
 
@@ -96,8 +119,8 @@ func (be *bench) heldWrite(s *testServer, stock int) (before, after *hold, wait 
 	}
 }
 
-// heldRead begins a read that stops between its query and its fill.
-func (be *bench) heldRead(s *testServer) (between *hold, wait func() string) {
+// heldRead begins a read that stops between its query and its fill; what ends it checks that it read the stock given.
+func (be *bench) heldRead(s *testServer, stock int) (between *hold, wait func()) {
 	between = newHold()
 	done := make(chan string, 1)
 	go func() {
@@ -113,13 +136,18 @@ func (be *bench) heldRead(s *testServer) (between *hold, wait func() string) {
 	case got := <-done:
 		be.t.Fatalf("a read that should query PostgreSQL got %s", got)
 	}
-	return between, func() string { return <-done }
+	return between, func() {
+		be.t.Helper()
+		if got, want := <-done, fmt.Sprint(string(body(stock)), miss, nil); got != want {
+			be.t.Errorf("read %s, want %s", got, want)
+		}
+	}
 }
 
 // A reader that read the old row fills only after the writer has come and gone.
 func TestFillAfterCommit(t *testing.T) {
 	be := newBench(t)
-	between, wait := be.heldRead(be.a)
+	between, wait := be.heldRead(be.a, 0)
 	be.write(be.b, 1)
 	close(between.released)
 	wait()
@@ -130,11 +158,12 @@ func TestFillAfterCommit(t *testing.T) {
 // A reader with a lease of its own reads the old row while a writer is at work, and fills after the commit: before the
 // writer's clean-up, and after it.
 func TestFillWhileWriting(t *testing.T) {
+	t.Parallel()
 	for _, afterCleanUp := range []bool{false, true} {
 		t.Run(fmt.Sprint(afterCleanUp), func(t *testing.T) {
 			be := newBench(t)
 			before, after, waitWrite := be.heldWrite(be.b, 1)
-			between, wait := be.heldRead(be.a)
+			between, wait := be.heldRead(be.a, 0)
 			close(before.released)
 			<-after.reached
 			if afterCleanUp {
@@ -155,6 +184,7 @@ func TestFillWhileWriting(t *testing.T) {
 
 // Two writers overlap, in both orders; the one that ends first must not open the key for fills.
 func TestOverlappingWriters(t *testing.T) {
+	t.Parallel()
 	for _, firstBegunEndsFirst := range []bool{true, false} {
 		t.Run(fmt.Sprint(firstBegunEndsFirst), func(t *testing.T) {
 			be := newBench(t)
@@ -170,17 +200,15 @@ func TestOverlappingWriters(t *testing.T) {
 				t.Errorf("a read is a %s while a writer is at work", from)
 			}
 			mustExec(t, be.a.db, `UPDATE products SET stock = 0 WHERE id = $1`, be.id)
-			be.read(be.b, 0) // must not be filled either: the other writer sets it to 1
+			be.read(be.a, 0) // must not be filled either: the other writer sets it to 1
+			be.read(be.a, 0)
 			close(before2.released)
 			<-after2.reached
 			be.read(be.a, 1)
 			be.read(be.b, 1)
 			close(after2.released)
 			wait2()
-			be.read(be.a, 1)
-			if from := be.read(be.b, 1); from != hit {
-				t.Errorf("the cache is not in use after the writers: %s", from)
-			}
+			be.awaitHit(be.a, 1)
 		})
 	}
 }
@@ -189,10 +217,7 @@ func TestOverlappingWriters(t *testing.T) {
 // followed by anybody who still hits the old one.
 func TestNeverBackInTime(t *testing.T) {
 	be := newBench(t)
-	be.read(be.a, 0)
-	if from := be.read(be.b, 0); from != hit {
-		t.Fatalf("nothing was cached: %s", from)
-	}
+	be.awaitHit(be.a, 0)
 	before, after, wait := be.heldWrite(be.b, 1)
 	close(before.released)
 	<-after.reached
@@ -202,41 +227,38 @@ func TestNeverBackInTime(t *testing.T) {
 	wait()
 }
 
-// A replica that has just started, and does not know Redis yet, announces its first write like any other.
-func TestFirstWrite(t *testing.T) {
+// A replica that does not trust its cache announces its writes like any other: it may have lost no more than its
+// listener, or have just started, as the one here, which has not even connected to Redis before its first write.
+func TestWriteWithoutTrust(t *testing.T) {
 	be := newBench(t)
-	db, dsn, err := openDatabase(be.cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close()
-	starting := newCache(be.cfg, db, dsn)
-	defer starting.listener.Close()
-	if err := starting.Write(t.Context(), be.keys, func(ctx context.Context, conn *sql.Conn) error {
-		if n := be.redis.do("EXISTS", marks(keyAll), marks(productKey(be.id))); n != int64(2) {
-			t.Errorf("%v marks", n)
+	starting := must(newServer(be.cfg))
+	defer starting.db.Close()
+	defer starting.cache.listener.Close()
+	for stock := 1; stock <= 2; stock++ {
+		be.awaitHit(be.a, stock-1)
+		if err := starting.cache.Write(t.Context(), be.keys, func(ctx context.Context, conn *sql.Conn) error {
+			if n := be.redis.do("EXISTS", marks(keyAll), marks(productKey(be.id))); n != int64(2) || starting.cache.trusted() {
+				t.Errorf("%v marks", n)
+			}
+			return be.commit(stock)(ctx, conn)
+		}); err != nil {
+			t.Fatal(err)
 		}
-		return be.commit(1)(ctx, conn)
-	}); err != nil {
-		t.Fatal(err)
+		be.read(be.a, stock)
 	}
-	be.read(be.a, 1)
 }
 
 // A writer dies after its commit: it leaves empty keys and a mark that expires, never a stale body.
 func TestWriterDies(t *testing.T) {
 	be := newBench(t)
-	be.read(be.a, 0)
-	w := &write{token: "dead", keys: be.keys}
-	if !be.b.cache.send(announceScript, w) {
-		t.Fatal("not announced")
-	}
-	between, wait := be.heldRead(be.a) // reads the old row
+	be.awaitHit(be.a, 0)
+	check(be.b.cache.mark(announceScript, be.keys, "dead"))
+	between, wait := be.heldRead(be.a, 0) // reads the old row
 	mustExec(t, be.b.db, `UPDATE products SET stock = 1 WHERE id = $1`, be.id)
 	close(between.released)
 	wait()
 	be.read(be.a, 1)
-	if from := be.read(be.b, 1); from != miss {
+	if from := be.read(be.a, 1); from != miss {
 		t.Errorf("filled under a dead writer's mark: %s", from)
 	}
 	// The mark lasts markLife from when Redis took it, on Redis's own clock.
@@ -248,104 +270,65 @@ func TestWriterDies(t *testing.T) {
 	}
 	be.redis.do("ZADD", key, now[0]-1, "dead")
 	be.read(be.a, 1)
-	if from := be.read(be.b, 1); from != hit {
+	if from := be.read(be.a, 1); from != hit {
 		t.Errorf("an expired mark still keeps the key empty: %s", from)
 	}
 }
 
-// The connection breaks under a writer: nobody knows whether its change will be committed, and later it is.
-func TestOutcomeUnknown(t *testing.T) {
+// What PostgreSQL refused, and what was too late to be sent, is known not to happen: the cache is in use again at once.
+// When the connection breaks under a writer, its change may yet be committed, and here it is.
+func TestFailedWrites(t *testing.T) {
 	be := newBench(t)
 	lost := errors.New("the connection broke")
-	err := be.a.cache.Write(t.Context(), be.keys, func(context.Context, *sql.Conn) error { return lost })
-	if !errors.Is(err, lost) {
-		t.Errorf("the writer got %v", err)
-	}
-	be.read(be.a, 0)
-	if from := be.read(be.b, 0); from != miss {
-		t.Errorf("filled although the change may yet be committed: %s", from)
+	for _, c := range []struct {
+		change func(context.Context, *sql.Conn) error
+		failed func(error) bool
+		then   source
+	}{
+		{be.commit(-1), func(err error) bool { return err != nil && !unavailable(err) }, hit}, // the table's CHECK refuses it
+		{func(ctx context.Context, conn *sql.Conn) error {
+			limit, _ := ctx.Deadline()
+			time.Sleep(time.Until(limit) + time.Millisecond) // as a process that was stopped
+			return be.commit(1)(ctx, conn)
+		}, unavailable, hit},
+		{func(context.Context, *sql.Conn) error { return lost }, func(err error) bool { return errors.Is(err, lost) }, miss},
+	} {
+		if err := be.a.cache.Write(t.Context(), be.keys, c.change); !c.failed(err) {
+			t.Errorf("the writer got %v", err)
+		}
+		be.read(be.a, 0)
+		if from := be.read(be.a, 0); from != c.then {
+			t.Errorf("%q, and not %q, after a write that failed", from, c.then)
+		}
 	}
 	mustExec(t, be.b.db, `UPDATE products SET stock = 1 WHERE id = $1`, be.id)
-	be.read(be.b, 1)
-}
-
-// What PostgreSQL refused is known not to have happened: the cache is in use again at once.
-func TestRefusedWrite(t *testing.T) {
-	be := newBench(t)
-	err := be.a.cache.Write(t.Context(), be.keys, be.commit(-1)) // the table's CHECK refuses it
-	if err == nil || unavailable(err) || outcomeUnknown(err) {
-		t.Errorf("the writer got %v", err)
-	}
-	be.read(be.a, 0)
-	if from := be.read(be.b, 0); from != hit {
-		t.Errorf("not cached after a refused write: %s", from)
-	}
+	be.read(be.a, 1)
 }
 
 // A request that comes after a write must not join a lookup that has read the row before it.
 func TestJoinOnlyLaterLookups(t *testing.T) {
 	be := newBench(t)
-	between, wait := be.heldRead(be.a)
+	between, wait := be.heldRead(be.a, 0)
 	be.write(be.b, 1)
 	var readers sync.WaitGroup
 	for range 10 {
 		readers.Go(func() { be.read(be.a, 1) })
 	}
-	eventually(t, "a lookup waits", func() bool {
+	be.awaitWaiting()
+	close(between.released)
+	wait()
+	readers.Wait()
+}
+
+// awaitWaiting waits until a lookup waits behind one that runs in replica a.
+func (be *bench) awaitWaiting() {
+	be.t.Helper()
+	eventually(be.t, "a lookup waits", func() bool {
 		be.a.cache.mu.Lock()
 		defer be.a.cache.mu.Unlock()
 		running := be.a.cache.lookups[productKey(be.id)]
 		return running != nil && running.next != nil
 	})
-	close(between.released)
-	if got := wait(); got != `{"stock":0}redis; fwd=miss<nil>` {
-		t.Errorf("the first reader got %s", got)
-	}
-	readers.Wait()
-}
-
-// An arrival is a context that counts the requests which have joined a lookup: Get asks it for its end only then.
-type arrival struct {
-	context.Context
-	joined *atomic.Int64
-}
-
-func (a arrival) Done() <-chan struct{} {
-	a.joined.Add(1)
-	return a.Context.Done()
-}
-
-// A thousand requests for a cold key cost two lookups at most, and so do a thousand that cannot use the cache.
-func TestHerd(t *testing.T) {
-	be := newBench(t)
-	herd := func(from source) {
-		t.Helper()
-		var queries, joined atomic.Int64
-		release := make(chan struct{})
-		var readers sync.WaitGroup
-		for range 1000 {
-			readers.Go(func() {
-				_, got, err := be.a.cache.Get(arrival{t.Context(), &joined}, productKey(be.id), func(ctx context.Context) ([]byte, error) {
-					queries.Add(1)
-					<-release
-					return be.load(ctx)
-				})
-				if err != nil || got != from && got != hit {
-					t.Errorf("got %s, %v; want %s", got, err, from)
-				}
-			})
-		}
-		eventually(t, "all have joined a lookup", func() bool { return joined.Load() == 1000 })
-		close(release)
-		readers.Wait()
-		if n := queries.Load(); n < 1 || n > 2 {
-			t.Errorf("%d queries", n)
-		}
-	}
-	herd(miss)
-	be.redis.kill()
-	eventually(t, "the cache is not trusted", func() bool { return !be.a.cache.trusted() })
-	herd(bypass)
 }
 
 // A lookup belongs to nobody: the request that began it may give up, and the others still get their answer.
@@ -367,64 +350,115 @@ func TestLookupOutlivesRequest(t *testing.T) {
 		t.Errorf("the request that gave up got %v", err)
 	}
 	close(between.released)
-	be.read(be.a, 0)
-	eventually(t, "the lookup has filled the key", func() bool { return be.read(be.b, 0) == hit })
-}
-
-// Redis comes back with a snapshot from before a write. Whoever has a connection notices that it breaks; whoever has
-// to make a new one notices that another Redis answers.
-func TestOldSnapshot(t *testing.T) {
-	for _, unnoticed := range []bool{false, true} {
-		t.Run(fmt.Sprint(unnoticed), func(t *testing.T) {
-			be := newBench(t)
-			be.read(be.a, 0)
-			be.redis.do("SAVE")
-			snapshot, err := os.ReadFile(filepath.Join(be.redis.dir, "dump.rdb"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			be.write(be.b, 1)
-			be.read(be.a, 1)
-			for _, s := range []*testServer{be.a, be.b} {
-				for unnoticed && s.cache.pool.IdleCount() > 0 {
-					conn := s.cache.pool.Get()
-					defer conn.Close()
-				}
-			}
-			be.redis.kill()
-			if err := os.WriteFile(filepath.Join(be.redis.dir, "dump.rdb"), snapshot, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			be.redis.start()
-			if held, _ := redis.String(be.redis.do("GET", productKey(be.id)), nil); held != `{"stock":0}` {
-				t.Fatalf("the snapshot holds %q", held)
-			}
-			back := time.Now()
-			be.read(be.a, 1)
-			be.read(be.b, 1)
-			eventually(t, "the cache is in use again", func() bool { return be.read(be.a, 1) == hit && be.read(be.b, 1) == hit })
-			if took := time.Since(back); took > 2*time.Second {
-				t.Errorf("the cache was in use again only after %v", took)
-			}
-		})
+	if from := be.read(be.a, 0); from != hit {
+		t.Errorf("the lookup has not filled the key: %s", from)
 	}
 }
 
-// Redis is restarted under a writer, whose mark is lost with it; another replica must not fill what it then changes.
-func TestRestartUnderWriter(t *testing.T) {
+// A miss is answered before the key is filled, so that a Redis which falls silent just then holds up nobody; the next
+// lookup of the key begins after the fill.
+func TestAnsweredBeforeFill(t *testing.T) {
 	be := newBench(t)
-	before, after, wait := be.heldWrite(be.a, 1)
-	be.redis.kill()
-	be.redis.start()
-	eventually(t, "the other replica trusts the new Redis", func() bool { be.read(be.b, 0); return be.b.cache.trusted() })
-	be.read(be.b, 0)
-	close(before.released)
-	<-after.reached
-	be.read(be.b, 1)
-	be.read(be.a, 1)
-	close(after.released)
+	between, wait := be.heldRead(be.a, 0)
+	be.proxy.silent.Store(true)
+	began := time.Now()
+	close(between.released)
 	wait()
-	eventually(t, "the cache is in use again", func() bool { be.read(be.a, 1); return be.read(be.b, 1) == hit })
+	if took := time.Since(began); took > redisTimeout/2 {
+		t.Errorf("the miss waited %v for the fill", took)
+	}
+	var second sync.WaitGroup
+	second.Go(func() {
+		if from := be.read(be.a, 0); from != hit {
+			t.Errorf("the second read came before the fill: %s", from)
+		}
+	})
+	be.awaitWaiting()
+	be.proxy.silent.Store(false)
+	second.Wait()
+}
+
+// Redis comes back with a snapshot from before a write. Replica b notices that its connections break. Replica a has
+// none at that time, and notices that another Redis answers.
+func TestOldSnapshot(t *testing.T) {
+	be := newBench(t)
+	be.awaitHit(be.a, 0)
+	be.redis.do("SAVE")
+	snapshot := must(os.ReadFile(be.redis.dump()))
+	be.write(be.b, 1)
+	be.read(be.a, 1)
+	be.a.stopCache()
+	for pool := be.a.cache.pool; pool.ActiveCount() > 0; {
+		conn := pool.Get()
+		_, _ = conn.Do("QUIT")
+		_, _ = conn.Do("PING") // finds the connection closed: the pool drops it
+		_ = conn.Close()
+	}
+	be.redis.kill()
+	check(os.WriteFile(be.redis.dump(), snapshot, 0o600))
+	be.redis.start()
+	if held, _ := redis.String(be.redis.do("GET", productKey(be.id)), nil); held != string(body(0)) {
+		t.Fatalf("the snapshot holds %q", held)
+	}
+	if !be.a.cache.trusted() {
+		t.Fatal("replica a has noticed too early")
+	}
+	be.read(be.a, 1)
+	be.read(be.b, 1)
+	if took := be.awaitHit(be.b, 1); took > settleTime+2*time.Second {
+		t.Errorf("the cache was in use again only after %v", took)
+	}
+	be.read(be.a, 1)
+}
+
+// Redis is restarted under a writer, or another takes its place, and the writer's mark is lost with it. No replica uses
+// the new one while the writer may still commit, and a replica that has just started does not either. Meanwhile all
+// read from PostgreSQL.
+func TestNewRedisSettles(t *testing.T) {
+	t.Parallel()
+	for _, restarted := range []bool{true, false} {
+		t.Run(fmt.Sprint("restarted ", restarted), func(t *testing.T) {
+			be := newBench(t)
+			others := []*testServer{be.b}
+			// The statement waits for this lock, nearly as long as it may.
+			tx := lock(psql(t, be.cfg), `SELECT FROM products FOR UPDATE`)
+			before, after, wait := be.heldWrite(be.a, 1)
+			began := time.Now()
+			if restarted {
+				be.redis.kill()
+				be.redis.start()
+				others = append(others, startReplica(t, be.cfg))
+			} else {
+				r, _ := startRedis(t, be.cfg)
+				be.proxy.lead("127.0.0.1:" + r.port)
+			}
+			readUntil := func(limit time.Duration) {
+				for time.Since(began) < limit {
+					for _, s := range others {
+						if be.read(s, 0) == hit {
+							t.Errorf("the new Redis was used after %v", time.Since(began))
+						}
+					}
+				}
+			}
+			readUntil(sendTimeout - 500*time.Millisecond) // then the statement is sent in time
+			close(before.released)
+			readUntil(sendTimeout + statementTimeout - 1200*time.Millisecond)
+			check(tx.Commit())
+			<-after.reached
+			for _, s := range append(others, be.a) {
+				be.read(s, 1)
+			}
+			close(after.released)
+			wait()
+			for _, s := range others {
+				be.awaitHit(s, 1)
+			}
+			if took := time.Since(began); took < settleTime || took > settleTime+4*time.Second {
+				t.Errorf("the cache was in use again after %v", took)
+			}
+		})
+	}
 }
 
 // One replica cannot reach Redis and writes; the other can, and holds the old body.
@@ -437,10 +471,7 @@ func TestWriteWithoutRedis(t *testing.T) {
 	for stock := 1; stock <= 20; stock++ {
 		be.write(c, stock)
 		// The notification was sent before the write returned; what is left is its way to the other replica.
-		eventually(t, "the other replica has heard of it", func() bool {
-			body, _, err := be.b.cache.Get(t.Context(), productKey(be.id), be.load)
-			return err == nil && string(body) == fmt.Sprintf(`{"stock":%d}`, stock)
-		})
+		be.awaitSeen(stock)
 		be.read(be.b, stock)
 	}
 	if from := be.read(c, 20); from != bypass {
@@ -448,84 +479,123 @@ func TestWriteWithoutRedis(t *testing.T) {
 	}
 }
 
-// Redis falls silent under a writer and later does what it was told meanwhile; the marks that nobody then took
-// away must not keep the cache empty.
+// Redis is out of reach for a while in which others write, and forgets nothing.
+func TestUnreachableRedisUnderWriter(t *testing.T) {
+	be := newBench(t)
+	be.awaitHit(be.a, 0)
+	mend := be.proxy.cut()
+	be.write(be.b, 1)
+	be.awaitSeen(1)
+	mend()
+	be.awaitHit(be.a, 1)
+	be.awaitHit(be.b, 1)
+}
+
+// Redis falls silent under a writer and later does what it was told meanwhile: the mark that nobody takes away keeps
+// the writer's keys empty until it expires, and no others.
 func TestSilentRedisUnderWriter(t *testing.T) {
 	be := newBench(t)
-	be.read(be.a, 0)
+	other := pathOf(be.a.create(`{"name":"other","price":1}`))
+	be.awaitHit(be.a, 0)
 	be.redis.signal(syscall.SIGSTOP)
 	be.write(be.a, 1)
 	be.read(be.a, 1)
 	be.redis.signal(syscall.SIGCONT)
-	back := time.Now()
-	eventually(t, "the cache is in use again", func() bool { return be.read(be.a, 1) == hit })
-	if took := time.Since(back); took > 2*time.Second {
+	if took := be.a.awaitHit(other); took > 2*time.Second {
 		t.Errorf("the cache was in use again only after %v", took)
 	}
 	be.read(be.b, 1)
+	be.awaitHit(be.a, 1)
+	be.read(be.b, 1)
 }
 
-// Another session changes a row: by a statement, by many rows at once, by TRUNCATE.
+// Redis holds very many keys of others: the cache comes to be used all the same, and to clear it is bounded and uses
+// no more connections.
+func TestManyKeysOfOthers(t *testing.T) {
+	be := newBench(t)
+	for i := range 300 { // so that Redis is never busy for as long as redisTimeout
+		be.redis.do("EVAL", `for i = 1, 1000 do redis.call('SET', 'other:' .. ARGV[1] .. ':' .. i, '') end`, 0, i)
+	}
+	be.a.cache.distrust(errors.New("the test says so"))
+	if took := be.awaitHit(be.a, 0); took > 5*time.Second {
+		t.Errorf("the cache was in use only after %v", took)
+	}
+	var clients sync.WaitGroup
+	for range 20 {
+		clients.Go(func() {
+			if a, err := be.a.trySend("DELETE", "/cache/clear", ""); err != nil || a.status != 200 && a.status != 503 || a.took > 6*time.Second {
+				t.Errorf("clearing: %d %v after %v", a.status, err, a.took)
+			}
+		})
+	}
+	clients.Wait()
+	list, err := redis.String(be.redis.do("CLIENT", "LIST"), nil)
+	if n := strings.Count(list, "\n"); err != nil || n > 2*be.a.cache.pool.MaxActive+1 {
+		t.Errorf("%d connections, %v", n, err)
+	}
+	if n := be.redis.do("DBSIZE"); n.(int64) < 300_000 {
+		t.Errorf("%d keys are left", n)
+	}
+}
+
+// listeners is a query for the processes that serve the replicas' listeners.
+const listeners = `FROM pg_stat_activity WHERE datname = current_database() AND query IN ('', 'LISTEN "products"')`
+
+// Another session changes a row: by a statement, by many rows at once, by TRUNCATE, and while the listeners lose their
+// connections, and the notification with them, and are back before anybody asks.
 func TestOtherSessions(t *testing.T) {
 	be := newBench(t)
-	db := psql(t, be.cfg)
-	read := func(s *testServer) string {
-		body, _, err := s.cache.Get(t.Context(), productKey(be.id), be.load)
-		return fmt.Sprint(string(body), err)
-	}
+	anew := fmt.Sprintf(`INSERT INTO products (id, name, price, stock) VALUES (%d, 'a', 1, `, be.id)
+	cut := `SELECT pg_terminate_backend(pid) ` + listeners + `; UPDATE products SET stock = `
 	for i, change := range []string{
 		`UPDATE products SET stock = 1`,
 		`INSERT INTO products (name, price) SELECT 'p' || n, n FROM generate_series(1, 10000) n; UPDATE products SET stock = 2`,
-		`TRUNCATE products; INSERT INTO products (id, name, price, stock) VALUES (` + fmt.Sprint(be.id) + `, 'a', 1, 3)`,
-		`DELETE FROM products; INSERT INTO products (id, name, price, stock) VALUES (` + fmt.Sprint(be.id) + `, 'a', 1, 4)`,
+		`TRUNCATE products; ` + anew + `3)`,
+		`DELETE FROM products; ` + anew + `4)`,
+		cut + `5`, cut + `6`, cut + `7`,
 	} {
-		eventually(t, "the old body is cached", func() bool {
-			return be.read(be.a, i) == hit && be.read(be.b, i) == hit
-		})
-		mustExec(t, db, change)
-		want := fmt.Sprintf(`{"stock":%d}<nil>`, i+1)
-		for _, s := range []*testServer{be.a, be.b} {
-			eventually(t, "the change is seen: "+change, func() bool { return read(s) == want })
+		if took := be.awaitHit(be.a, i) + be.awaitHit(be.b, i); took > 5*time.Second { // also after a flood
+			t.Errorf("the cache was in use again only after %v", took)
 		}
+		mustExec(t, psql(t, be.cfg), change)
+		be.awaitSeen(i + 1)
 	}
 }
 
 // Another session changes a row while no replica can hear of it.
 func TestChangeWhileListenerIsCut(t *testing.T) {
 	be := newBench(t)
-	be.read(be.a, 0)
+	be.awaitHit(be.a, 0)
 	db := psql(t, be.cfg)
 	mustExec(t, db, `UPDATE pg_database SET datallowconn = false WHERE datname = current_database()`) // nobody reconnects
-	mustExec(t, db, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND query IN ('', 'LISTEN "products"')`)
+	mustExec(t, db, `SELECT pg_terminate_backend(pid) `+listeners)
 	eventually(t, "trust has ended", func() bool { return !be.a.cache.trusted() && !be.b.cache.trusted() })
 	mustExec(t, db, `UPDATE products SET stock = 1 WHERE id = $1`, be.id)
 	mustExec(t, db, `UPDATE pg_database SET datallowconn = true WHERE datname = current_database()`)
 	for _, s := range []*testServer{be.a, be.b} {
 		eventually(t, "the cache is in use again", func() bool {
-			body, from, err := s.cache.Get(t.Context(), productKey(be.id), be.load)
-			if err == nil && string(body) != `{"stock":1}` {
-				t.Errorf("read %s (%s)", body, from)
+			got, from, err := s.cache.Get(t.Context(), productKey(be.id), be.load)
+			if err == nil && string(got) != string(body(1)) {
+				t.Errorf("read %s (%s)", got, from)
 			}
 			return from == hit
 		})
 	}
 }
 
-// The listener's connection breaks and is back before anybody asks, but a notification was lost in between.
-func TestChangeWhileListenerReconnects(t *testing.T) {
+// While there is no Redis, the listener's connection is still looked after.
+func TestListenerWithoutRedis(t *testing.T) {
 	be := newBench(t)
-	db := psql(t, be.cfg)
-	for stock := 1; stock <= 5; stock++ {
-		eventually(t, "the old body is cached", func() bool { return be.read(be.a, stock-1) == hit && be.read(be.b, stock-1) == hit })
-		mustExec(t, db, fmt.Sprintf(`
-			SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-			WHERE datname = current_database() AND query IN ('', 'LISTEN "products"');
-			UPDATE products SET stock = %d`, stock))
-		for _, s := range []*testServer{be.a, be.b} {
-			eventually(t, "the change is seen", func() bool {
-				body, _, err := s.cache.Get(t.Context(), productKey(be.id), be.load)
-				return err == nil && string(body) == fmt.Sprintf(`{"stock":%d}`, stock)
-			})
+	be.redis.kill()
+	pids := func() (pids string) {
+		if err := psql(t, be.cfg).QueryRow(`SELECT coalesce(string_agg(pid::text, ' ' ORDER BY pid), '') ` + listeners).Scan(&pids); err != nil {
+			t.Error(err)
 		}
+		return pids
+	}
+	before := pids()
+	time.Sleep(3 * time.Second) // longer than it waits for an answer
+	if after := pids(); before == "" || after != before {
+		t.Errorf("the listeners were %q and are %q", before, after)
 	}
 }

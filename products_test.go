@@ -1,27 +1,25 @@
 package main
 
 import (
+	"database/sql"
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"regexp"
 	"strings"
 	"testing"
 )
 
 // TestProducts goes through the life of a product, and through every endpoint that serves it.
 func TestProducts(t *testing.T) {
-	s := startServer(t, withDatabase(t, testConfig(t)))
+	s := startAlone(t)
 	if got, want := s.wantSource(miss, "/products"), `{"count":0,"products":[]}`+"\n"; got != want {
 		t.Errorf("the empty list is %q", got)
 	}
 	a := s.want(201, "POST", "/products", `{"name":"  Café <1>  ","description":"d","price":99.9,"stock":100,"category":"livros"}`)
-	var p product
-	if err := json.Unmarshal([]byte(a.body), &p); err != nil {
-		t.Fatal(err)
-	}
-	path := fmt.Sprintf("/products/%d", p.ID)
-	if a.header.Get("Location") != path {
-		t.Errorf("Location is %q, want %q", a.header.Get("Location"), path)
+	path := a.header.Get("Location")
+	if !strings.HasPrefix(a.body, `{"id":`+strings.TrimPrefix(path, "/products/")+",") {
+		t.Errorf("Location is %q of %s", path, a.body)
 	}
 	if !strings.Contains(a.body, `"name":"Café <1>","description":"d","price":99.90,"stock":100,"category":"livros"`) {
 		t.Errorf("created %s", a.body)
@@ -65,11 +63,25 @@ func TestProducts(t *testing.T) {
 
 // TestRefusals sends what must be refused, and checks each time that nothing was changed.
 func TestRefusals(t *testing.T) {
-	s := startServer(t, withDatabase(t, testConfig(t)))
-	p := s.create(`{"name":"a","price":1}`)
-	path := fmt.Sprintf("/products/%d", p.ID)
-	before := s.send("GET", "/products", "").body
+	s := startAlone(t)
+	path := pathOf(s.create(`{"name":"a","price":1}`))
 	long := func(n int) string { return strings.Repeat("é", n) }
+	db := psql(t, s.cfg)
+	refuse := func(status int, method, path, body, says string, headers ...string) {
+		t.Run(fmt.Sprintf("%s %s %.60s", method, path, body), func(t *testing.T) {
+			before := rows(t, db)
+			a := (&testServer{server: s.server, t: t, url: s.url}).want(status, method, path, body, headers...)
+			if !strings.Contains(strings.ReplaceAll(a.body, `\"`, `"`), says) {
+				t.Errorf("the error does not say %q: %s", says, a.body)
+			}
+			if status == 405 && a.header.Get("Allow") == "" {
+				t.Error("405 without Allow")
+			}
+			if after := rows(t, db); after != before {
+				t.Errorf("changed from %s to %s", before, after)
+			}
+		})
+	}
 	for _, c := range []struct {
 		status             int
 		method, path, body string
@@ -78,97 +90,88 @@ func TestRefusals(t *testing.T) {
 		{400, "POST", "/products", `{"name":"a","price":1`, "JSON"},
 		{400, "POST", "/products", `["a"]`, "object"},
 		{400, "POST", "/products", `null`, "object"},
-		{400, "POST", "/products", `{"name":"a","price":1} {}`, "more than one"},
+		{400, "POST", "/products", `{"name":"a","price":1} {}`, "JSON"},
 		{400, "POST", "/products", `{"name":"a","price":1,}`, "JSON"},
 		{400, "POST", "/products", `{"name":"a","price":1,"colour":"red"}`, "colour"},
 		{400, "POST", "/products", `{"Name":"a","price":1}`, "Name"},
-		{400, "POST", "/products", `{"name":"a","name":"b","price":1}`, "twice"},
-		{400, "POST", "/products", `{"name":1,"price":1}`, "name must be a string"},
-		{400, "POST", "/products", `{"name":"a","price":"1"}`, "price must be a number"},
-		{400, "POST", "/products", `{"name":"a","price":null}`, "price must be a number"},
-		{400, "PUT", path, `{"name":null}`, "name must be a string"},
+		{400, "POST", "/products", `{"name":1,"price":1}`, "name"},
+		{400, "POST", "/products", `{"name":"a","price":"1"}`, "price"},
+		{400, "POST", "/products", `{"name":"a","price":null}`, "price"},
+		{400, "PUT", path, `{"name":null}`, "name"},
 		{400, "POST", "/products", `{"name":"a","price":NaN}`, "JSON"},
 		{400, "POST", "/products", `{"name":"a\u0000","price":1}`, "NUL"},
 		{400, "POST", "/products", "{\"name\":\"a\x00\",\"price\":1}", "JSON"},
 		{400, "POST", "/products", "{\"name\":\"\xff\",\"price\":1}", "UTF-8"},
-		{400, "POST", "/products", `{"name":"\ud800","price":1}`, "surrogate"},
-		{400, "POST", "/products", `{"name":"\udc00\ud800","price":1}`, "surrogate"},
-		{400, "PUT", path, `{"category":"\ud800x"}`, "surrogate"},
+		{400, "PUT", path, `{"category":"\u0000"}`, "NUL"},
 		{413, "POST", "/products", `{"name":"` + strings.Repeat("a", 1<<20) + `","price":1}`, "1 MiB"},
 		{422, "POST", "/products", `{}`, `"price":"is required"`},
 		{422, "PUT", path, `{}`, "no field"},
-		{422, "POST", "/products", `{"name":" ","price":1}`, `"name":`},
-		{422, "POST", "/products", `{"name":"` + long(201) + `","price":1}`, `"name":`},
-		{422, "POST", "/products", `{"name":"a","price":-0.01}`, `"price":"must be a number from 0 to 99999999.99 with at most 2 decimals"`},
-		{422, "POST", "/products", `{"name":"a","price":0.001}`, `"price":`},
-		{422, "POST", "/products", `{"name":"a","price":100000000}`, `"price":`},
-		{422, "POST", "/products", `{"name":"a","price":1e400}`, `"price":`},
-		{422, "POST", "/products", `{"name":"a","price":1e999999999999}`, `"price":`},
-		{422, "POST", "/products", `{"name":"a","price":1,"stock":1.5}`, `"stock":`},
-		{422, "POST", "/products", `{"name":"a","price":1,"stock":2147483648}`, `"stock":`},
+		{422, "PUT", path, `{"name":" "}`, `"name":`},
+		{422, "PUT", path, `{"name":"` + long(201) + `"}`, `"name":`},
 		{422, "PUT", path, `{"stock":-1,"description":"` + long(2001) + `","category":"` + long(101) + `"}`, `{"category":"must have at most 100 characters","description":"must have at most 2000 characters","stock":`},
 		{404, "PUT", "/products/999999", `{"stock":1}`, "999999"},
-		{404, "GET", "/products/0", "", "does not exist"},
-		{404, "GET", "/products/-1", "", "does not exist"},
-		{404, "GET", "/products/+1", "", "does not exist"},
-		{404, "GET", "/products/01", "", "does not exist"},
-		{404, "GET", "/products/1.0", "", "does not exist"},
-		{404, "GET", "/products/9223372036854775808", "", "does not exist"},
-		{404, "DELETE", "/products/x", "", "does not exist"},
-		{404, "PUT", "/products/%00", `{"stock":1}`, "does not exist"},
 		{404, "GET", "/products/", "", "endpoint"},
 		{404, "GET", "/nothing", "", "endpoint"},
 		{405, "PATCH", path, "", "endpoint"},
 		{405, "POST", "/health", "", "endpoint"},
 		{400, "GET", "/products?colour=red", "", "colour"},
-		{400, "GET", "/products?limit=0", "", "limit"},
-		{400, "GET", "/products?limit=1001", "", "limit"},
-		{400, "GET", "/products?limit=x", "", "limit"},
-		{400, "GET", "/products?limit=+1", "", "limit"},
-		{400, "GET", "/products?limit=1&limit=1", "", "more than once"},
-		{400, "GET", "/products?after=-1", "", "after"},
-		{400, "GET", "/products?after=", "", "after"},
-		{400, "GET", "/products?category=%00", "", "category"},
-		{400, "GET", "/products?category=%ff", "", "category"},
 		{400, "GET", "/products?category=a;b", "", "malformed"},
 		{400, "GET", "/products?%zz", "", "malformed"},
 	} {
-		name := fmt.Sprintf("%s %s %.60s", c.method, c.path, c.body)
-		t.Run(name, func(t *testing.T) {
-			s := &testServer{s.server, t, s.url}
-			a := s.want(c.status, c.method, c.path, c.body)
-			if !strings.Contains(strings.ReplaceAll(a.body, `\"`, `"`), c.says) {
-				t.Errorf("the error does not say %q: %s", c.says, a.body)
-			}
-			if c.status == 405 && a.header.Get("Allow") == "" {
-				t.Error("405 without Allow")
-			}
-			if after := s.send("GET", "/products", "").body; after != before {
-				t.Errorf("something was changed: %s", after)
-			}
-		})
+		refuse(c.status, c.method, c.path, c.body, c.says)
 	}
-	s.want(415, "POST", "/products", `{"name":"a","price":1}`, "Content-Type", "text/plain")
-	s.want(415, "POST", "/products", `{"name":"a","price":1}`, "Content-Type", "")
-	s.want(403, "DELETE", path, "", "Sec-Fetch-Site", "cross-site")
-	s.want(403, "POST", "/products", `{"name":"a","price":1}`, "Origin", "https://elsewhere.example")
-	if after := s.send("GET", "/products", "").body; after != before {
-		t.Errorf("something was changed: %s", after)
+	for rule, prices := range map[string]string{
+		`"price":"must be a number from 0 to 99999999.99 with at most 2 decimals"`: `-0.01 0.001 100000000 1e2 1.500E+1 0.300 -0 1e400 ` + strings.Repeat("9", 1000),
+		`"stock":"must be a whole number from 0 to 2147483647"`:                    `-1 1.5 1.0 1e2 2147483648 9223372036854775808`,
+	} {
+		for _, number := range strings.Fields(prices) {
+			refuse(422, "PUT", path, `{`+rule[:8]+number+`}`, rule)
+		}
 	}
+	for parameter, values := range map[string]string{"limit": "0 1001 x +1 01", "after": "-1 0 x", "category": "%00 %ff " + strings.Repeat("a", 101)} {
+		for _, value := range strings.Fields(values) {
+			refuse(400, "GET", "/products?"+parameter+"="+value, "", parameter)
+		}
+	}
+	for _, id := range strings.Fields("0 -1 +1 01 1.0 9223372036854775808 x %00") {
+		refuse(404, "GET", "/products/"+id, "", "does not exist")
+		refuse(404, "PUT", "/products/"+id, `{"stock":1}`, "does not exist")
+		refuse(404, "DELETE", "/products/"+id, "", "does not exist")
+	}
+	refuse(415, "POST", "/products", `{"name":"a","price":1}`, "application/json", "Content-Type", "text/plain")
+	refuse(415, "POST", "/products", `{"name":"a","price":1}`, "application/json", "Content-Type", "")
+	refuse(403, "DELETE", path, "", "another site", "Sec-Fetch-Site", "cross-site")
+	refuse(403, "POST", "/products", `{"name":"a","price":1}`, "another site", "Origin", "https://elsewhere.example")
+	// Of several faults it is always the same one that is told.
+	const faults = "/products?limit=0&after=x&category=%00&colour=red&size=1"
+	first := s.want(400, "GET", faults, "").body
+	for range 50 {
+		if body := s.want(400, "GET", faults, "").body; body != first {
+			t.Fatalf("%s after %s", body, first)
+		}
+	}
+}
+
+// rows is all that PostgreSQL has, as text.
+func rows(t *testing.T, db *sql.DB) (text string) {
+	if err := db.QueryRow(`SELECT coalesce(string_agg(p::text, ' ' ORDER BY id), '') FROM products p`).Scan(&text); err != nil {
+		t.Error(err)
+	}
+	return text
 }
 
 // TestAccepted sends what is unusual but right.
 func TestAccepted(t *testing.T) {
-	s := startServer(t, withDatabase(t, testConfig(t)))
+	s := startAlone(t)
 	for _, c := range []struct{ body, want string }{
 		{`{"name":"a","price":0.10}`, `"price":0.10,`},
 		{`{"name":"a","price":99999999.99}`, `"price":99999999.99,`},
-		{`{"name":"a","price":1e2}`, `"price":100.00,`},
-		{`{"name":"a","price":1.500E+1}`, `"price":15.00,`},
 		{`{"name":"a","price":0}`, `"price":0.00,`},
-		{`{"name":"a","price":0.30000}`, `"price":0.30,`},
+		{`{"name":"a","price":12}`, `"price":12.00,`},
+		{`{"name":"a","price":12.5}`, `"price":12.50,`},
+		{`{"name":"a","name":"b","price":1}`, `"name":"b",`},
+		{`{"name":"\ud800","price":1}`, "\"name\":\"\uFFFD\","},
 		{`{"name":"a","price":1,"stock":2147483647}`, `"stock":2147483647,`},
-		{`{"name":"a","price":1,"stock":1e2}`, `"stock":100,`},
 		{`{"name":"a","price":1}`, `"description":"","price":1.00,"stock":0,"category":"",`},
 		{`{"name":"\ud83d\ude00 \\ud800 ' \" $1 ; --","price":1}`, `"name":"😀 \\ud800 ' \" $1 ; --",`},
 		{`{"name":"` + strings.Repeat("é", 200) + `","price":1}`, `"name":"` + strings.Repeat("é", 200) + `",`},
@@ -189,7 +192,7 @@ func TestAccepted(t *testing.T) {
 
 // TestPages walks through a category page by page and must meet every product of it once.
 func TestPages(t *testing.T) {
-	s := startServer(t, withDatabase(t, testConfig(t)))
+	s := startAlone(t)
 	mustExec(t, s.db, `INSERT INTO products (name, price, category) SELECT 'p' || n, n, CASE n % 2 WHEN 0 THEN 'a&b' ELSE '' END FROM generate_series(1, 25) n`)
 	for _, c := range []struct {
 		first string
@@ -210,12 +213,10 @@ func TestPages(t *testing.T) {
 				Next     string
 			}
 			a := s.want(200, "GET", path, "")
-			if a.header.Get("Cache-Status") != "" {
-				t.Errorf("%s says %s", path, a.header.Get("Cache-Status"))
+			if a.source() != "" {
+				t.Errorf("%s says %s", path, a.source())
 			}
-			if err := json.Unmarshal([]byte(a.body), &list); err != nil {
-				t.Fatal(err)
-			}
+			check(json.Unmarshal([]byte(a.body), &list))
 			if list.Count != want || len(list.Products) != want || (list.Next == "") != (i == len(c.want)-1) {
 				t.Errorf("%s: count %d, %d products, next %q; want %d", path, list.Count, len(list.Products), list.Next, want)
 			}
@@ -232,62 +233,41 @@ func TestPages(t *testing.T) {
 
 // TestStats counts what was asked.
 func TestStats(t *testing.T) {
-	s := startServer(t, withDatabase(t, testConfig(t)))
+	s := startAlone(t)
 	s.create(`{"name":"a","price":0.10,"stock":3,"category":"x"}`)
 	s.create(`{"name":"b","price":99999999.99,"stock":2147483647,"category":"y"}`)
 	s.wantSource(miss, "/products")
 	s.wantSource(hit, "/products")
 	s.wantSource(hit, "/products")
-	var st struct {
-		Cache    cacheStats
-		Database databaseStats
-		Pools    map[string]poolStats
-	}
-	if err := json.Unmarshal([]byte(s.want(200, "GET", "/stats", "").body), &st); err != nil {
-		t.Fatal(err)
-	}
-	if c := st.Cache; c.Hits != 2 || c.Misses != 1 || c.Bypasses != 0 || c.Keys != 1 || c.TTL != 300 || c.Status != "connected" || !c.Trusted || c.Memory == "" {
-		t.Errorf("cache: %+v", c)
-	}
-	// The value is exact, where a float would have lost the cents.
-	if d := st.Database; d.Products != 2 || d.Stock != "2147483650" || d.Value != "214748364678525163.83" || string(d.Categories) != `{"x":1,"y":1}` {
-		t.Errorf("database: %+v %s", d, d.Categories)
-	}
-	if st.Pools["postgres"].Most != poolSize() || st.Pools["redis"].Most != poolSize() {
-		t.Errorf("pools: %+v", st.Pools)
+	body := s.want(200, "GET", "/stats", "").body
+	for _, want := range []string{
+		`"status":"connected","trusted":true,"hits":2,"misses":1,"bypasses":0,"hit_rate":0.667,"keys":1,"ttl_seconds":300,"memory_used":"`,
+		// The value is exact, where a float would have lost the cents.
+		`"products":2,"total_stock":2147483650,"inventory_value":214748364678525163.83,"products_per_category":{"x":1,"y":1}`,
+		fmt.Sprintf(`"max":%d,`, poolSize()),
+	} {
+		if !strings.Contains(body, want) {
+			t.Errorf("no %s in %s", want, body)
+		}
 	}
 }
 
 // TestIndexAndServices checks what a newcomer sees first.
 func TestIndexAndServices(t *testing.T) {
-	s := startServer(t, withDatabase(t, testConfig(t)))
-	var index struct {
-		Name, Version string
-		Endpoints     map[string]string
-	}
-	if err := json.Unmarshal([]byte(s.want(200, "GET", "/", "").body), &index); err != nil {
-		t.Fatal(err)
-	}
-	if index.Name != "desafio3" || index.Version == "" || len(index.Endpoints) != len(s.endpoints()) || index.Endpoints["GET /products"] == "" {
-		t.Errorf("index: %+v", index)
-	}
-	var services map[string]map[string]any
-	if err := json.Unmarshal([]byte(s.want(200, "GET", "/services", "").body), &services); err != nil {
-		t.Fatal(err)
-	}
-	for name, fields := range map[string][]string{
-		"web":      {"status", "address", "version", "latency_ms", "uptime", "hostname", "go"},
-		"postgres": {"status", "address", "version", "latency_ms"},
-		"redis":    {"status", "address", "version", "latency_ms"},
+	s := startAlone(t)
+	const server = `\{"status":"connected","address":"127.0.0.1:\d+","version":"[\d.]+[^"]*","latency_ms":[\d.]+\}`
+	for path, want := range map[string]string{
+		"/": `^\{"name":"desafio3","version":"[^"]+","endpoints":\{.*"GET /products":"[^"]+"`,
+		"/services": `^\{"web":\{"status":"running","address":"127.0.0.1:\d+","version":"[^"]+","latency_ms":0,"uptime":"\d+s","hostname":"[^"]+","go":"go[^"]+"\},` +
+			`"postgres":` + server + `,"redis":` + server + `\}\n$`,
+		"/health": `^\{"status":"healthy","database":"connected","cache":"connected","timestamp":"[-\d]+T[:.\d]+Z"\}\n$`,
 	} {
-		for _, field := range fields {
-			if value, ok := services[name][field]; !ok || value == "" {
-				t.Errorf("%s has no %s: %v", name, field, services[name])
-			}
+		if body := s.want(200, "GET", path, "").body; !regexp.MustCompile(want).MatchString(body) {
+			t.Errorf("%s: %s", path, body)
 		}
 	}
-	if a := s.want(200, "GET", "/health", ""); !strings.HasPrefix(a.body, `{"status":"healthy","database":"connected","cache":"connected","timestamp":"`) {
-		t.Errorf("health: %s", a.body)
+	if list := s.want(200, "GET", "/", "").body; strings.Count(list, `":"`) != 2+len(s.endpoints()) {
+		t.Errorf("not all endpoints: %s", list)
 	}
 }
 
@@ -310,11 +290,11 @@ func FuzzDecode(f *testing.F) {
 			t.Fatalf("accepted %q", body)
 		}
 		var plain struct{ Name string }
-		if err := json.Unmarshal(body, &plain); err != nil || strings.TrimSpace(plain.Name) != *in.Name || strings.Contains(plain.Name, "\x00") {
-			t.Fatalf("%q became %q, not %q: %v", body, *in.Name, plain.Name, err)
+		if err := json.Unmarshal(body, &plain); err != nil || strings.TrimSpace(plain.Name) != *in["name"] || strings.Contains(plain.Name, "\x00") {
+			t.Fatalf("%q became %q, not %q: %v", body, *in["name"], plain.Name, err)
 		}
-		if !strings.Contains(string(*in.Price), ".") || strings.ContainsAny(string(*in.Price), "eE-") {
-			t.Fatalf("the price of %q became %s", body, *in.Price)
+		if !regexp.MustCompile(`^\d{1,8}(\.\d{1,2})?$`).MatchString(*in["price"]) {
+			t.Fatalf("the price of %q became %s", body, *in["price"])
 		}
 	})
 }
