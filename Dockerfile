@@ -13,7 +13,11 @@ RUN go mod download
 # TLS. "ping" is a link to it: called by that name it is a small ping, so that
 # `docker exec desafio3-web ping -c 3 postgres` works.
 COPY *.go schema.sql ./
-RUN CGO_ENABLED=0 go build -trimpath -tags nethttpomithttp2 -ldflags="-s -w" -o /out/web . && ln -s web /out/ping
+ENV CGO_ENABLED=0 GOFLAGS="-trimpath -tags=nethttpomithttp2"
+RUN go build -o /dev/null .
+# The version changes with every commit. Given only here, it costs a new link of what is compiled above.
+ARG VERSION=
+RUN go build -ldflags="-s -w -X main.release=$VERSION" -o /out/web . && ln -s web /out/ping
 
 FROM scratch
 # A folder is copied as it is, so the link stays a link and the binary is in the image once.

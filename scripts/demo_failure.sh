@@ -23,28 +23,29 @@ recovers() {
   wait_for 60 healthy || return 1
   request GET /health
   say "after about $((SECONDS - began)) s"
+  show_stack
 }
+# turn: a control, and what then runs.
+turn() { control "$@" && show_stack; }
 healthy() { request GET /health >/dev/null && is "$status $(field status)" '200 healthy'; }
 
 title '1. Everything runs'
+show_stack
 request GET /health
 claim 'the service is healthy' is "$status $(field status)" '200 healthy'
-claim 'the cache is in use' wait_for 10 cache_in_use
-request POST /products '{"name":"Produto da demonstração","price":1.00,"category":"demo"}'
-claim 'a product is created' is "$status" 201
+claim 'the cache is in use' wait_for 20 cache_in_use
+expect 'a product is created' 201 POST /products '{"name":"Produto da demonstração","price":1.00,"category":"demo"}'
 id=$(field id)
 request GET "/products/$id"
-request GET "/products/$id"
-claim 'and cached' is "$status $cache" '200 redis; hit'
+expect 'and cached' '200 redis; hit' GET "/products/$id"
 
 title '2. PostgreSQL stops'
 down=postgres
-control stop postgres
+turn stop postgres
 request GET /products
 say "$body"
 claim 'the service says what is missing' is "$status $(field detail)" '503 database unavailable'
-request GET "/products/$id"
-claim 'it does not vouch for the cached copy either' is "$status" 503
+expect 'it does not vouch for the cached copy either' 503 GET "/products/$id"
 request GET /health
 claim 'it is up, and knows that it is unhealthy' is "$status $(field database)" '503 disconnected'
 
@@ -54,24 +55,22 @@ down=''
 claim 'the service recovers, and nobody had to restart it' recovers
 request GET "/products/$id"
 claim 'the product is still there' is "$status $(field price)" '200 1.00'
-claim 'the cache is in use again' wait_for 10 cache_in_use
+claim 'the cache is in use again' wait_for 20 cache_in_use
 
 title '4. Redis stops'
 request GET "/products/$id"
 request GET "/products/$id"
 claim 'it holds the product, at 1.00' is "$cache $(field price)" 'redis; hit 1.00'
 down=redis
-control stop redis
-request GET "/products/$id"
-claim 'reads go to PostgreSQL' is "$status $cache" '200 redis; fwd=bypass'
+turn stop redis
+expect 'reads go to PostgreSQL' '200 redis; fwd=bypass' GET "/products/$id"
 request PUT "/products/$id" '{"price":2.00}'
 claim 'writes work too' is "$status $(field price)" '200 2.00'
 request GET "/products/$id"
 claim 'and are seen' is "$status $(field price)" '200 2.00'
 request GET /health
 claim 'the service is degraded, not down' is "$status $(field status)" '200 degraded'
-request DELETE /cache/clear
-claim 'only the cache cannot be cleared' is "$status" 503
+expect 'only the cache cannot be cleared' 503 DELETE /cache/clear
 
 title '5. Redis starts, with what it held before it stopped'
 control start redis
@@ -82,26 +81,24 @@ claim 'Redis has loaded old copies from its snapshot' test "${loaded:-0}" -ge 1
 claim 'the service is healthy again' recovers
 request GET "/products/$id"
 claim 'they are not believed: the price is the new one' is "$status $(field price)" '200 2.00'
-claim 'the cache is in use again' wait_for 10 cache_in_use
+claim 'the cache is in use again' wait_for 20 cache_in_use
 request GET "/products/$id"
 request GET "/products/$id"
 claim 'and holds the new one' is "$cache $(field price)" 'redis; hit 2.00'
 
 title '6. Redis falls silent: it takes connections and never answers'
 paused=redis
-control pause redis
+turn pause redis
 request GET "/products/$id"
 claim 'the first read finds out, and is answered' is "$status $(field price)" '200 2.00'
-request GET "/products/$id"
-claim 'the next ones do not wait for it' is "$status $cache" '200 redis; fwd=bypass'
+expect 'the next ones do not wait for it' '200 redis; fwd=bypass' GET "/products/$id"
 claim 'this one took less than half a second' test "$micros" -lt 500000
 control unpause redis
 paused=''
-claim 'the cache is in use again' wait_for 10 cache_in_use
+claim 'the cache is in use again' wait_for 20 cache_in_use
 
 title '7. The catalogue as it was'
-request DELETE "/products/$id"
-claim 'the product is deleted' is "$status" 204
+expect 'the product is deleted' 204 DELETE "/products/$id"
 id=''
 
 verdict

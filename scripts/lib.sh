@@ -7,6 +7,7 @@
 # COMPOSE_PROJECT_NAME and DESAFIO3_STATE give a second stack names and a folder of its own.
 project=${COMPOSE_PROJECT_NAME:-desafio3}
 state=${DESAFIO3_STATE:-$PWD/.local} # data, logs and pids of the stack without Docker
+marker=made-by-desafio3 # the file in it that says so: clean.sh removes no other folder
 
 # ---------------------------------------------------------------- words
 
@@ -18,10 +19,7 @@ say() { printf '  %s\n' "$*"; }
 die() { printf '%serror:%s %s\n' "$red" "$plain" "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
-case ${DESAFIO3_MODE:-local} in
-local | docker) ;;
-*) die "DESAFIO3_MODE must be local or docker, not \"$DESAFIO3_MODE\"" ;;
-esac
+[[ ${DESAFIO3_MODE:-local} =~ ^(local|docker)$ ]] || die "DESAFIO3_MODE must be local or docker, not \"$DESAFIO3_MODE\""
 
 # wait_for SECONDS COMMAND...: tries the command until it succeeds, for so long at most.
 wait_for() {
@@ -38,27 +36,31 @@ wait_for() {
 # request METHOD PATH [JSON]: sends it to the service and prints a line about the answer, and what an error
 # says. It leaves them in $status, $body, $cache (the header Cache-Status) and $micros (the microseconds).
 request() {
-  local answer head
-  status=000 body='' cache='' micros=0
-  if answer=$(curl -sS -i -m 20 -X "$1" ${3:+-H 'Content-Type: application/json' --data-binary "$3"} \
-    -w '\n%{time_starttransfer}' "$url$2" 2>&1); then
-    answer=${answer//$'\r'/}
-    head=${answer%%$'\n\n'*} body=${answer#*$'\n\n'}
-    micros=${body##*$'\n'} micros=$((10#${micros/[.,]/}))
-    body=${body%$'\n'*} body=${body%$'\n'}
-    read -r _ status _ <<<"$head"
-    if [[ $head =~ Cache-Status:\ ([^$'\n']*) ]]; then cache=${BASH_REMATCH[1]}; fi
-  else
-    body=${answer%$'\n'*}
-  fi
+  local answer head ended=ok
+  # curl writes the status and the time in a line of their own after the answer, also when there is none.
+  answer=$(curl -sS -i -m 20 -X "$1" ${3:+-H 'Content-Type: application/json' --data-binary "$3"} \
+    -w '\n%{http_code} %{time_starttransfer}' "$url$2" 2>&1) || ended=failed
+  answer=${answer//$'\r'/}
+  read -r status micros <<<"${answer##*$'\n'}"
+  if is "$ended" failed; then status=000; fi
+  micros=$((10#${micros/[.,]/})) answer=${answer%$'\n'*}
+  head=${answer%%$'\n\n'*} body=${answer#*$'\n\n'} body=${body%$'\n'} cache=''
+  if [[ $head =~ Cache-Status:\ ([^$'\n']*) ]]; then cache=${BASH_REMATCH[1]}; fi
   say "$(printf '%-6s %-34s %s  %-17s %6d.%d ms' "$1" "$2" "$status" "$cache" \
     "$((micros / 1000))" "$((micros % 1000 / 100))")"
   if [[ -n ${3:-} ]]; then say "       $3"; fi
   if ((10#$status >= 400)) && has "$body" '"detail"'; then say "       $(field detail)"; fi
+  if [[ $body =~ \"errors\":\ *(\{[^}]*\}) ]]; then say "       ${BASH_REMATCH[1]}"; fi
 }
 
-# field NAME: the first value under that name in the last answer.
-field() { if [[ $body =~ \"$1\":\ *\"?([^\",}]*) ]]; then echo "${BASH_REMATCH[1]}"; fi; }
+# field NAME: the first value under that name in the last answer, a text without its quotes and backslashes.
+field() {
+  local value
+  if [[ $body =~ \"$1\":\ *(\"(([^\"\\]|\\.)*)\"|[^],}\"]*) ]]; then
+    value=${BASH_REMATCH[2]:-${BASH_REMATCH[1]#\"\"}}
+    printf '%b\n' "${value//\\\"/\"}"
+  fi
+}
 
 is() { [[ $1 == "$2" ]]; }
 has() { [[ $1 == *"$2"* ]]; }
@@ -70,12 +72,18 @@ claim() {
   shift
   if "$@"; then
     passed=$((passed + 1))
-    printf '  %sok%s    %s\n' "$green" "$plain" "$what"
-  else
-    failed=$((failed + 1))
-    printf '  %sFAIL%s  %s\n' "$red" "$plain" "$what"
-    printf '        checked: %s\n        the last answer: %s %.400s\n' "$*" "${status:-}" "${body:-}"
+    say "${green}ok$plain    $what"
+    return 0
   fi
+  failed=$((failed + 1))
+  say "${red}FAIL$plain  $what"
+  printf '        checked: %s\n        the last answer: %s %.400s\n' "$*" "${status:-}" "${body:-}"
+}
+
+# expect WHAT ANSWER METHOD PATH [JSON]: sends a request, and claims how its answer begins: "200" or "200 redis; hit".
+expect() {
+  request "${@:3}"
+  claim "$1" has "^$status $cache" "^$2"
 }
 
 verdict() {
@@ -88,7 +96,7 @@ verdict() {
 # Debian keeps PostgreSQL's servers off the PATH, and Homebrew its versions.
 find_postgres() {
   local folder
-  have postgres && return
+  have postgres && return 0 # in a trap a bare "return" would give the status of what was interrupted
   for folder in /usr/lib/postgresql/*/bin /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin; do
     if [[ -x $folder/postgres ]]; then PATH=$folder:$PATH; fi # of several, the last: the newest
   done
@@ -112,13 +120,11 @@ need() {
   done
   [[ -n $missing ]] || return 0
   if ((EUID != 0)) || ! have apt-get; then
-    printf 'Please install:%s (Debian or Ubuntu: sudo apt-get install%s; Homebrew: brew install postgresql redis)\n' \
-      "$missing" "$missing" >&2
+    echo "Please install:$missing (Debian or Ubuntu: sudo apt-get install$missing; Homebrew: brew install postgresql redis)" >&2
     return 1
   fi
   say "installing$missing"
-  apt_install "$missing" || return 1
-  if has "$missing" postgresql; then find_postgres; fi
+  apt_install "$missing" && { ! has "$missing" postgresql || find_postgres; }
 }
 
 # apt_install PACKAGES: installs them, but lets none of their servers loose: no cluster of PostgreSQL is
@@ -135,24 +141,17 @@ apt_install() (
     chmod +x "$policy"
   fi
   export DEBIAN_FRONTEND=noninteractive
-  log=$(mktemp) ours+=" $log"
   # shellcheck disable=SC2086 # a list of names
-  if ! { apt-get update -qq; apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1; } >"$log" 2>&1; then
-    tail -n 20 "$log" >&2
-    echo "apt-get could not install:$1" >&2
-    exit 1
-  fi
+  output=$(apt-get update -qq 2>&1; apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 2>&1) ||
+    { tail -n 20 <<<"$output" >&2; die "apt-get could not install:$1"; }
   if has "$1" redis-server && have systemctl; then systemctl disable redis-server >/dev/null 2>&1 || true; fi
 )
 
 # need_servers: PostgreSQL, a Redis that is new enough, and the little that these scripts use are there.
 need_servers() {
-  local version
-  need curl ps postgres redis || return
-  version=$("$(redis_server)" --version) # "Redis server v=7.0.15 sha=..."
-  version=${version#*v=} version=${version%% *}
-  if ((${version%%.*} < 7)); then
-    echo "Redis 7.0 or newer is needed, or Valkey; $(redis_server) is $version" >&2
+  need curl ps postgres redis || return 1
+  if ! [[ $("$(redis_server)" --version) =~ v=([0-9]+) ]] || ((BASH_REMATCH[1] < 7)); then # "Redis server v=7.0.15 sha=..."
+    echo "Redis 7.0 or newer is needed, or Valkey: $(redis_server) is older" >&2
     return 1
   fi
   if ((EUID == 0)) && ! { id postgres && have runuser; } >/dev/null 2>&1; then
@@ -178,46 +177,36 @@ as_postgres() {
 }
 
 # start_postgres DIR PORT [ARGUMENT...]: starts a PostgreSQL on 127.0.0.1:PORT with its data and its log
-# in DIR, makes the cluster and its database first where there is none, and returns when it answers.
-# POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB count when the cluster is made. Words in
-# POSTGRES_ARGS are further arguments, for those who start it again without knowing the first ones.
+# in DIR, makes the cluster and its database first where there is none, and returns when it answers. One that
+# runs is left alone. POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB count when the cluster is made.
 start_postgres() {
-  local dir port=$2 home data quote="'" user=${POSTGRES_USER:-postgres} password=${POSTGRES_PASSWORD:-postgres123}
-  mkdir -p "$1" && dir=$(cd "$1" && pwd) && find_postgres || return 1
+  local dir port=$2 home new
+  find_postgres && mkdir -p "$1" && dir=$(cd "$1" && pwd) || return 1
   shift 2
-  # shellcheck disable=SC2086 # words
-  set -- -c "listen_addresses=127.0.0.1" -c "port=$port" -c "unix_socket_directories=" ${POSTGRES_ARGS:-} "$@"
-
   home=$dir/postgres
-  if [[ ! -e $home ]]; then
-    if ((EUID == 0)) && ! as_postgres test -x "$dir"; then
-      # DIR lies below a folder that is closed to the user postgres: the data goes where it may go.
-      ln -sfn "$(mktemp -d /var/lib/desafio3-postgres.XXXXXX)" "$home" || return 1
-    else
-      mkdir "$home" || return 1
-    fi
-    if ((EUID == 0)); then chown postgres "$home/" || return 1; fi
+  if ((EUID == 0)) && [[ ! -e $home ]] && ! as_postgres test -x "$dir"; then
+    # DIR lies below a folder that is closed to the user postgres: the data goes where it may go.
+    ln -s "$(mktemp -d /var/lib/desafio3-postgres.XXXXXX)" "$home" || return 1
   fi
-  home=$(cd -P "$home" && pwd) data=$home/data
-
-  if [[ ! -e $data ]]; then
-    # Made under another name, so that a cluster called "data" is always a whole one.
-    rm -rf "$home/new"
-    if ! { as_postgres initdb -D "$home/new" -U "$user" -E UTF8 --no-locale --auth=trust &&
-      as_postgres postgres --single -D "$home/new" postgres <<<"ALTER USER \"$user\" PASSWORD '${password//$quote/$quote$quote}'
-CREATE DATABASE \"${POSTGRES_DB:-products_db}\"" &&
-      echo 'host all all 127.0.0.1/32 scram-sha-256' >"$home/new/pg_hba.conf" &&
-      mv "$home/new" "$data"; } >>"$dir/postgres.log" 2>&1; then
-      tail -n 20 "$dir/postgres.log" >&2
-      return 1
-    fi
-  fi
-
-  # A cluster that runs is left alone. Its pid alone proves nothing: after a crash of the machine the
-  # number may be somebody else's.
-  if as_postgres pg_ctl -D "$data" status >/dev/null 2>&1 && pg_isready -q -h 127.0.0.1 -p "$port"; then return; fi
-  as_postgres pg_ctl -D "$data" -w -t 120 -o "$(printf '%q ' "$@")" start </dev/null >>"$dir/postgres.log" 2>&1 ||
-    { tail -n 20 "$dir/postgres.log" >&2; return 1; }
+  mkdir -p "$home" && home=$(cd -P "$home" && pwd) || return 1
+  if ((EUID == 0)); then chown postgres "$home" || return 1; fi
+  # Its pid alone proves nothing: after a crash of the machine the number may be somebody else's.
+  if as_postgres pg_ctl -D "$home/data" status >/dev/null 2>&1 && pg_isready -q -h 127.0.0.1 -p "$port"; then return 0; fi
+  {
+    if [[ ! -e $home/data ]]; then
+      # Made under another name, so that a cluster called "data" is always a whole one. initdb reads the
+      # password from a file, which here is a pipe that its own user opens.
+      new=$home/new
+      rm -rf "$new"
+      # shellcheck disable=SC2016 # the inner shell's words
+      as_postgres bash -c 'initdb --pwfile=<(cat) "$@"' initdb -D "$new" -U "${POSTGRES_USER:-postgres}" \
+        -E UTF8 --no-locale -A scram-sha-256 <<<"${POSTGRES_PASSWORD:-postgres123}" &&
+        as_postgres postgres --single -D "$new" postgres <<<"CREATE DATABASE \"${POSTGRES_DB:-products_db}\"" &&
+        mv "$new" "$home/data"
+    fi &&
+      as_postgres pg_ctl -D "$home/data" -w -t 120 start </dev/null -o "$(printf '%q ' -c listen_addresses=127.0.0.1 \
+        -c "port=$port" -c unix_socket_directories= "$@")"
+  } >>"$dir/postgres.log" 2>&1 || { tail -n 20 "$dir/postgres.log" >&2; return 1; }
 }
 
 # stop_postgres DIR [fast|immediate]: "immediate" is a crash, as PostgreSQL sees it.
@@ -240,11 +229,11 @@ start_redis() {
   local dir port=$2
   mkdir -p "$1/redis" && dir=$(cd "$1" && pwd) || return 1
   shift 2
-  if alive "$dir/redis.pid" "-server 127.0.0.1:$port"; then return; fi
-  "$(redis_server)" --bind 127.0.0.1 --port "$port" --dir "$dir/redis" --save '60 1' \
+  if alive "$dir/redis.pid" "-server 127.0.0.1:$port"; then return 0; fi
+  { "$(redis_server)" --bind 127.0.0.1 --port "$port" --dir "$dir/redis" --save '60 1' \
     --maxmemory 64mb --maxmemory-policy volatile-lru --requirepass "${REDIS_PASSWORD:-}" \
-    --daemonize yes --pidfile "$dir/redis.pid" --logfile "$dir/redis.log" "$@" >/dev/null || return 1
-  wait_for 60 redis_answers "$port" || { tail -n 20 "$dir/redis.log" >&2; return 1; }
+    --daemonize yes --pidfile "$dir/redis.pid" --logfile "$dir/redis.log" "$@" >/dev/null &&
+    wait_for 60 redis_answers "$port"; } || { tail -n 20 "$dir/redis.log" >&2; return 1; }
 }
 
 stop_redis() { end_process "$1/redis.pid" '-server 127.0.0.1:' 30; }
@@ -257,13 +246,13 @@ local_redis() {
 }
 
 # private_servers DIR: a PostgreSQL and a Redis of a test's own, in DIR and on free ports, which everything that
-# is started afterwards finds in its environment.
+# is started afterwards finds in its environment. Words in POSTGRES_ARGS are arguments of PostgreSQL.
 private_servers() {
   export POSTGRES_HOST=127.0.0.1 POSTGRES_PORT POSTGRES_DB=products_db POSTGRES_USER=postgres \
     POSTGRES_PASSWORD=postgres123 REDIS_HOST=127.0.0.1 REDIS_PORT REDIS_PASSWORD=''
-  POSTGRES_PORT=$(free_port)
-  start_postgres "$1" "$POSTGRES_PORT"
-  REDIS_PORT=$(free_port)
+  POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
+  # shellcheck disable=SC2086 # words
+  start_postgres "$1" "$POSTGRES_PORT" ${POSTGRES_ARGS:-}
   start_redis "$1" "$REDIS_PORT"
 }
 
@@ -300,23 +289,46 @@ base_images() {
   sed -nE 's/^(FROM| *image:) +([^ $]+:[^ ]+).*/\2/p' Dockerfile docker-compose.yml
 }
 
+# why_not_docker: prints what is missing for Docker, or nothing when all is there.
+why_not_docker() {
+  local image
+  have docker || { echo 'there is no docker command'; return; }
+  docker info >/dev/null 2>&1 || { echo 'no Docker engine answers'; return; }
+  [[ $(docker compose version --short 2>/dev/null) =~ ^v?([2-9]|[1-9][0-9]) ]] || { echo 'Docker Compose v2 is missing'; return; }
+  for image in $(base_images); do
+    docker image inspect "$image" >/dev/null 2>&1 || docker pull "$image" >&2 ||
+      { echo "the image $image is not here and could not be downloaded"; return; }
+  done
+}
+
+# project_label: filters Docker's lists down to this project's.
+project_label="label=com.docker.compose.project=$project"
+
 # running_mode: prints "local" or "docker", whichever stack is there; DESAFIO3_MODE decides if it is set.
 running_mode() {
-  if [[ -n ${DESAFIO3_MODE:-} ]]; then
-    echo "$DESAFIO3_MODE"
-  elif [[ -e $state/env ]]; then # from start to stop
-    echo local
-  elif have docker && [[ -n $(docker ps -aq -f "label=com.docker.compose.project=$project" 2>/dev/null) ]]; then
-    echo docker
-  else
-    return 1
+  local containers='' env=''
+  if [[ -n ${DESAFIO3_MODE:-} ]]; then echo "$DESAFIO3_MODE"; return 0; fi
+  if have docker; then containers=$(docker ps -a -f "$project_label" --format '{{.State}}' 2>/dev/null) || true; fi
+  if [[ -e $state/$marker && -e $state/env ]]; then env=yes; fi # it is there from start to stop
+  if [[ -n $env ]] && has "$containers" running; then
+    say 'Two stacks run: this is about the one without Docker. DESAFIO3_MODE=docker is for the other one.' >&2
   fi
+  if [[ -n $env ]]; then echo local; elif [[ -n $containers ]]; then echo docker; else return 1; fi
+}
+
+# own_stack: refuses to go on where the containers with our names were made from another folder, say another
+# clone. Compose notes the folder in a label.
+own_stack() {
+  local folder
+  while read -r folder; do
+    [[ $folder -ef $PWD ]] || die "the stack $project belongs to $folder. Work there, or give this one a name of its own:
+  COMPOSE_PROJECT_NAME=$project-2 WEB_PORT=8001 POSTGRES_PORT=5433 REDIS_PORT=6380 $0"
+  done < <(docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.project.working_dir"}}' | sort -u)
 }
 
 # attach: finds the stack that runs, and sets $mode and $url for the functions below and for request.
 attach() {
   local not_running='the stack is not running: start it with ./scripts/start.sh'
-  have curl || die 'curl is needed'
   mode=$(running_mode) || die "$not_running"
   if is "$mode" local; then
     [[ -e $state/env ]] || die "$not_running"
@@ -324,38 +336,52 @@ attach() {
     # shellcheck source=/dev/null
     source "$state/env" # its ports and passwords
     alive "$state/web.pid" "$state/web" || die 'the service has ended: ./scripts/logs.sh web says why, ./scripts/start.sh starts it'
-    url=$(local_url)
+    url=http://${BIND_ADDRESS/#0.0.0.0/127.0.0.1}:$WEB_PORT
   else
+    own_stack
     url=$(docker port "$project-web" 8000 2>/dev/null | head -n 1) || true
     [[ -n $url ]] || die "$not_running"
     url=http://${url/#0.0.0.0/127.0.0.1}
   fi
 }
 
-# local_url: where the service without Docker answers.
-local_url() { echo "http://${BIND_ADDRESS/#0.0.0.0/127.0.0.1}:$WEB_PORT"; }
-
 # delete_product: deletes the product $id that a script has made, if it has not done so itself.
 delete_product() { if [[ -n $id ]]; then request DELETE "/products/$id" >/dev/null; fi; }
 
-# stop_local: ends the stack without Docker and keeps its data.
+# stop_local: ends the stack without Docker and keeps its data. It leaves a folder alone that start.sh has not made.
 stop_local() {
-  if ! { end_process "$state/web.pid" "$state/web" 15 && stop_redis "$state" && stop_postgres "$state"; }; then
+  [[ -e $state ]] || return 0
+  [[ -e $state/$marker ]] || die "$state lacks the file $marker, which start.sh leaves in a folder that it makes: it is left alone"
+  { end_process "$state/web.pid" "$state/web" 15 && stop_redis "$state" && stop_postgres "$state"; } ||
     die "something in $state did not stop"
-  fi
   rm -f "$state/env"
+}
+
+# show_stack: which of its parts run. In the list of processes the status T is a paused one.
+show_stack() {
+  local file pids=''
+  if is "$mode" docker; then
+    docker compose ps --all --format 'table {{.Name}}\t{{.Status}}\t{{.Ports}}'
+  else
+    for file in "$state"/{postgres/data/postmaster,redis,web}.pid; do
+      if [[ -e $file ]]; then pids+=,$(head -n 1 "$file"); fi
+    done
+    ps -o pid,stat,etime,args -p "${pids#,}" | cut -c -100
+  fi | sed 's/^/  /'
 }
 
 # cache_in_use: the service is connected to Redis a moment before it has made sure that it can trust it.
 cache_in_use() { request GET /stats >/dev/null && has "$body" '"trusted":true'; }
 
-# sql QUERY: what psql prints for it, bare.
+# sql QUERY: what psql prints for it, bare. It shows PostgreSQL the password, as the service does: in the
+# container, too, it asks by the network's address, since a local connection needs none there.
 sql() {
   if is "$mode" local; then
     PGPASSWORD=$POSTGRES_PASSWORD psql -h 127.0.0.1 -p "$POSTGRES_PORT" -U "$POSTGRES_USER" -d "$POSTGRES_DB" -XqtAc "$1"
   else
     # shellcheck disable=SC2016 # the container's own variables
-    docker exec "$project-postgres" sh -c 'psql -U "$POSTGRES_USER" -d "$POSTGRES_DB" -XqtAc "$1"' sh "$1"
+    docker exec "$project-postgres" sh -c \
+      'PGPASSWORD=$POSTGRES_PASSWORD psql -h "$HOSTNAME" -U "$POSTGRES_USER" -d "$POSTGRES_DB" -XqtAc "$1"' sh "$1"
   fi
 }
 
@@ -369,8 +395,8 @@ redis_cli() {
 control() {
   if is "$mode" docker; then
     say "\$ docker $1 $project-$2"
-    docker "$1" "$project-$2" >/dev/null
-    return
+    docker "$1" "$project-$2" >/dev/null || return 1
+    return 0
   fi
   say "$1 $2"
   case "$1 $2" in

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Follows the logs, until Ctrl-C:   ./scripts/logs.sh [web|postgres|redis]
+# Follows the logs, until Ctrl-C:   ./scripts/logs.sh [--all] [web|postgres|redis]
+# Health checks that succeed are left out, several a minute as they are: --all shows them, too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 
-case ${1:-} in
-'' | web | postgres | redis) ;;
-*) die "usage: ./scripts/logs.sh [web|postgres|redis]" ;;
-esac
-case $(running_mode || true) in
-docker) exec docker compose logs --follow --tail 50 "$@" ;;
-local)
-  if [[ -n ${1:-} ]]; then exec tail -n 50 -F "$state/$1.log"; fi
-  exec tail -n 20 -F "$state/web.log" "$state/postgres.log" "$state/redis.log"
-  ;;
-*) die 'the stack is not running: start it with ./scripts/start.sh' ;;
-esac
+left_out='path=/health status=200'
+if is "${1:-}" --all; then
+  left_out='no line has this'
+  shift
+fi
+[[ ${1:-} =~ ^(|web|postgres|redis)$ && $# -le 1 ]] || die 'usage: ./scripts/logs.sh [--all] [web|postgres|redis]'
+
+mode=$(running_mode) || die 'the stack is not running: start it with ./scripts/start.sh'
+if is "$mode" docker; then
+  docker compose logs --follow --tail 500 "$@"
+else
+  if [[ -n ${1:-} ]]; then set -- "$state/$1.log"; else set -- "$state"/*.log; fi
+  tail -n 500 -F "$@"
+fi | grep --line-buffered -v "$left_out"

@@ -6,7 +6,9 @@ source scripts/lib.sh
 
 case $(running_mode || true) in
 docker)
-  docker compose down
+  own_stack
+  # Not "down", which removes the containers: they remember in which folder this stack is at home.
+  docker compose stop
   say 'Stopped. The data is in the volumes.'
   ;;
 local)

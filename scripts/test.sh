@@ -17,23 +17,20 @@ request GET /health
 claim 'it is healthy' is "$status $(field status)" '200 healthy'
 claim 'the database is connected' is "$(field database)" connected
 claim 'the cache is connected' is "$(field cache)" connected
-request GET /services
-claim 'it tells of all three services' is "$status" 200
-claim 'the cache is in use' wait_for 10 cache_in_use
+expect 'it tells of all three services' 200 GET /services
+claim 'the cache is in use' wait_for 20 cache_in_use
 request GET /stats
 claim 'it counts what the cache does' has "$body" '"hit_rate"'
 products=$(field products)
 
 title '2. Create and read'
-request POST /products '{"name":"Produto Teste","description":"Descrição do produto","price":99.99,"stock":100,"category":"test"}'
-claim 'a product is created' is "$status" 201
+expect 'a product is created' 201 POST /products \
+  '{"name":"Produto Teste","description":"Descrição do produto","price":99.99,"stock":100,"category":"test"}'
 id=$(field id)
 claim 'its price is exact' is "$(field price)" 99.99
-request GET "/products/$id"
-claim 'the first read comes from PostgreSQL' is "$status $cache" '200 redis; fwd=miss'
+expect 'the first read comes from PostgreSQL' '200 redis; fwd=miss' GET "/products/$id"
 first=$body
-request GET "/products/$id"
-claim 'the second one from Redis' is "$status $cache" '200 redis; hit'
+expect 'the second one from Redis' '200 redis; hit' GET "/products/$id"
 claim 'and both are the same bytes' is "$body" "$first"
 request GET /products
 claim 'the list has it' has "$body" "\"id\":$id,"
@@ -49,38 +46,25 @@ request GET "/products/$id"
 claim 'the next read is the new product, not the cached old one' is "$cache $(field price)" 'redis; fwd=miss 149.99'
 
 title '4. What is refused'
-request POST /products '{"name":'
-claim 'broken JSON' is "$status" 400
-request POST /products '{"name":"  ","price":-1}'
-claim 'broken rules, with every field at fault' is "$status" 422
-claim 'the name is one' has "$body" '"name":"'
-claim 'the price is the other' has "$body" '"price":"'
-request PUT "/products/$id" '{}'
-claim 'an update of nothing' is "$status" 422
-request GET /products/999999999999
-claim 'a product that does not exist' is "$status" 404
-request GET /products/abc
-claim 'an id that is none' is "$status" 404
-request GET '/products?color=blue'
-claim 'a parameter that does not exist' is "$status" 400
-request PATCH /products
-claim 'a method that does not exist' is "$status" 405
+expect 'broken JSON' 400 POST /products '{"name":'
+expect 'broken rules, with every field at fault' 422 POST /products '{"name":"  ","price":-1}'
+claim 'the name is one, and the price the other' test -n "$(field name)" -a -n "$(field price)"
+expect 'an update of nothing' 422 PUT "/products/$id" '{}'
+expect 'a product that does not exist' 404 GET /products/999999999999
+expect 'an id that is none' 404 GET /products/abc
+expect 'a parameter that does not exist' 400 GET '/products?color=blue'
+expect 'a method that does not exist' 405 PATCH /products
 request GET "/products/$id"
 claim 'and nothing of it changed the product' is "$(field price)" 149.99
 
 title '5. Clear the cache'
-request DELETE /cache/clear
-claim 'it is cleared' is "$status" 200
-request GET /products
-claim 'the next list comes from PostgreSQL' is "$cache" 'redis; fwd=miss'
+expect 'it is cleared' 200 DELETE /cache/clear
+expect 'the next list comes from PostgreSQL' '200 redis; fwd=miss' GET /products
 
 title '6. Delete'
-request DELETE "/products/$id"
-claim 'it is deleted' is "$status" 204
-request GET "/products/$id"
-claim 'and gone' is "$status" 404
-request DELETE "/products/$id"
-claim 'it cannot be deleted twice' is "$status" 404
+expect 'it is deleted' 204 DELETE "/products/$id"
+expect 'and gone' 404 GET "/products/$id"
+expect 'it cannot be deleted twice' 404 DELETE "/products/$id"
 id=''
 request GET /products
 claim 'the catalogue is as it was' is "$(field count)" "$products"

@@ -11,15 +11,14 @@ trap delete_product EXIT
 name="Teste de comunicação $$"
 
 title '1. Web to PostgreSQL'
-request POST /products "{\"name\":\"$name\",\"price\":10.00}"
+expect 'the service creates a product' 201 POST /products "{\"name\":\"$name\",\"price\":10.00}"
 id=$(field id)
-claim 'the service creates a product' is "$status" 201
 row=$(sql "SELECT name FROM products WHERE id = ${id:-0}")
 say "psql: SELECT name FROM products WHERE id = $id  ->  $row"
 claim 'PostgreSQL has it' is "$row" "$name"
 
 title '2. Web to Redis'
-claim 'the cache is in use' wait_for 10 cache_in_use
+claim 'the cache is in use' wait_for 20 cache_in_use
 if ((failed)); then verdict; fi # which ends this script
 request GET "/products/$id"
 value=$(redis_cli GET "products:$id")
