@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Shows every second how the three services are, and where the answers of that second came from, while another
+# terminal runs a demonstration. On a terminal it draws in place until Ctrl-C; elsewhere it writes a line a second.
+#
+#   ./scripts/monitor.sh [SECONDS]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib.sh
+if [[ $# -gt 1 || ! ${1:-1} =~ ^[1-9][0-9]{0,8}$ ]]; then die 'usage: ./scripts/monitor.sh [SECONDS]'; fi
+attach
+
+# ask PATH: leaves the answer in $body, and nothing where there is none. While a server is silent it takes 2 s.
+ask() { body=$(curl -s -m 3 "$url$1") || body=''; }
+
+# look: asks for everything that is shown. Without an answer the figures are empty, and the counts stay as they were.
+look() {
+  time=$(date +%T) web='no answer' postgres='?' redis='?' keys='' memory='' products='' rate=''
+  ask /services
+  local services=$body
+  if has "$services" '"web"'; then
+    web=running
+    body=${services#*\"postgres\":} postgres=$(field status)
+    body=${services#*\"redis\":} redis=$(field status)
+  fi
+  ask /stats
+  if has "$body" '"hits"'; then
+    now=("$(field hits)" "$(field misses)" "$(field bypasses)")
+    keys=$(field keys) keys=${keys/null/} memory=$(field memory_used) products=$(field products)
+    rate=$(awk -v rate="$(field hit_rate)" 'BEGIN { printf "%d%%", 100 * rate }')
+    if is "$redis" connected && has "$body" '"trusted":false'; then redis='connected, not yet in use'; fi
+  elif [[ -n $body ]]; then
+    web="$(field detail)" # what the service says when PostgreSQL is away
+  fi
+}
+
+# since_before: in $new, what was counted since the last look. A service that started again began at 0.
+since_before() {
+  local i
+  peak=$((peak > 11 ? peak * 9 / 10 : 10)) # forgotten after some seconds
+  for i in 0 1 2; do
+    new[i]=$((now[i] - before[i]))
+    if ((new[i] < 0)); then new[i]=${now[i]}; fi
+    if ((new[i] > peak)); then peak=${new[i]}; fi
+  done
+  before=("${now[@]}")
+}
+
+line() {
+  printf '%s  web: %s  postgres: %s  redis: %s  hits %d  misses %d  bypasses %d  rate %s  keys %s  memory %s  products %s\n' \
+    "$time" "$web" "$postgres" "$redis" "${new[@]}" "${rate:--}" "${keys:--}" "${memory:--}" "${products:--}"
+}
+
+# draw: the same as a picture. Each line ends by erasing what was to its right, and the last what was below.
+draw() {
+  local size end=$'\e[K\n'
+  size=$(stty size </dev/tty 2>/dev/null) || size='24 80'
+  width=$((${size#* } - 24))
+  printf '\e[H%s%s   %s%s%s%s' "$bold" "$project" "$time" "$plain" "$end" "$end"
+  service web "$web"
+  service postgres "$postgres"
+  service redis "$redis"
+  printf '%s' "$end"
+  bar hits "${new[0]}" "$green"
+  bar misses "${new[1]}" "$red"
+  bar bypasses "${new[2]}" "$bold"
+  printf '%s  hit rate %s   keys %s   memory %s   products %s\e[K\e[J' "$end" "${rate:--}" "${keys:--}" "${memory:--}" "${products:--}"
+}
+service() {
+  local colour=$red
+  if [[ $2 == running || $2 == connected ]]; then colour=$green; fi
+  printf '  %-10s%s%s%s\e[K\n' "$1" "$colour" "$2" "$plain"
+}
+bar() { # the longest of the last seconds is as wide as the terminal
+  local blocks=''
+  if ((width > 0)); then printf -v blocks '%*s' $(($2 * width / peak)) ''; fi
+  printf '  %-10s%s%s%s %d\e[K\n' "$1" "$3" "${blocks// /█}" "$plain" "$2"
+}
+
+# The picture has a screen of its own, without a cursor and without wrapped lines. However this ends, the terminal
+# is as it was.
+show=line
+if [[ -t 1 ]]; then
+  show=draw
+  trap 'printf "\e[?7h\e[?25h\e[?1049l"' EXIT
+  printf '\e[?1049h\e[?25l\e[?7l'
+fi
+trap 'exit 0' INT TERM HUP
+
+new=() now=(0 0 0) before=(0 0 0) peak=10
+look
+before=("${now[@]}")
+sleep 1 &
+for ((second = 1; second <= ${1:-999999999}; second++)); do
+  wait $!
+  sleep 1 & # while it looks
+  look
+  since_before
+  $show
+done
