@@ -1,79 +1,140 @@
 #!/usr/bin/env bash
-# Checks everything: format, vet, the shell scripts, the tests against a PostgreSQL and a Redis of their
-# own, and the whole stack end to end, without Docker and, where the images are there, with it. It installs
-# what is missing where it may, stops what it started, and leaves no file behind. It does not touch a stack
-# that you have running, and several may run at the same time.
+# Checks everything: format, vet, the shell scripts, the tests against a PostgreSQL and a Redis of their own, and
+# the whole stack end to end in a fresh clone, with the commands of README.md: without Docker and, where there is
+# an engine with the images, with it. It installs what is missing where it may, stops what it started, and leaves
+# no file behind. It does not touch a stack that you have running, and several may run at the same time.
 #
 #   ./scripts/check.sh
+#   RUN=TestFillWhileWriting ./scripts/check.sh     # one test alone
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The names and the folder of its own. The folder may be entered by the user that PostgreSQL runs as.
+# Names and a folder of its own, which the user that PostgreSQL runs as may enter. What your own stack was
+# told is not for this one.
 tmp=$(mktemp -d)
 chmod 711 "$tmp"
-export COMPOSE_PROJECT_NAME=desafio3-check-$$ DESAFIO3_STATE=$tmp/stack DESAFIO3_MODE=local TEST_DIR=$tmp/test
-# What your own stack was told is not for this one.
-unset PORT BIND_ADDRESS REDIS_PASSWORD CACHE_TTL LOG_LEVEL POSTGRES_SSLMODE
+export COMPOSE_PROJECT_NAME=desafio3-check-$$ TEST_DIR=$tmp/test
+unset PORT BIND_ADDRESS CACHE_TTL LOG_LEVEL POSTGRES_SSLMODE DESAFIO3_MODE DESAFIO3_STATE
 source scripts/lib.sh
+shopt -s nullglob
 
 # ---------------------------------------------------------------- steps
 
-job='' broken=()
+names=() jobs=() broken=() shown=0
 
-# step NAME COMMAND...: runs it as a job of its own, so that it can be ended with all it started. What it
-# printed is shown when it failed.
+# step NAME COMMAND...: starts it as a job of its own, so that it can be ended with all it started.
 step() {
-  local name=$1 began=$SECONDS
+  local log=$tmp/log.${#names[@]}
+  names+=("$1")
   shift
-  printf '%-44s' "$name"
   set -m
-  "$@" </dev/null >"$tmp/output" 2>&1 &
-  job=$!
+  (
+    trap 'echo "$SECONDS" >"$log.seconds"' EXIT
+    SECONDS=0
+    "$@"
+  ) </dev/null >"$log" 2>&1 &
+  jobs+=($!)
   set +m
-  if wait "$job"; then
-    printf '%sok%s  %3d s\n' "$green" "$plain" "$((SECONDS - began))"
-    sed -n '/^ok /p; /SEED=/p; /^ *phase .*slowest/,/^ *total /p' "$tmp/output" # of go test
-  else
-    printf '%sFAILED%s  %d s\n' "$red" "$plain" "$((SECONDS - began))"
-    sed '/^=== /d; /^ *--- PASS/d; s/^/    | /' "$tmp/output"
-    broken+=("$name")
-  fi
-  job=''
+}
+
+# results: waits for the steps that were started, and shows what one has printed when it failed.
+results() {
+  local i log
+  for ((i = shown; i < ${#names[@]}; i++)); do
+    log=$tmp/log.$i
+    printf '%-44s' "${names[i]}"
+    if wait "${jobs[i]}"; then
+      printf '%sok%s  %3d s\n' "$green" "$plain" "$(<"$log.seconds")"
+      sed -n '/^ok /p; /SEED=/p; /^ *phase .*slowest/,/^ *total /p; /left out/p' "$log"
+    else
+      printf '%sFAILED%s\n' "$red" "$plain"
+      sed '/^=== /d; /^ *--- PASS/d; s/^/    | /' "$log"
+      broken+=("${names[i]}")
+    fi
+  done
+  shown=${#names[@]}
 }
 
 clean_up() {
+  local job mode
   trap '' INT TERM
-  if [[ -n $job ]]; then
-    kill -TERM -- "-$job" 2>/dev/null || true
-    wait "$job" 2>/dev/null || true
-  fi
-  if [[ -e $TEST_DIR ]]; then
-    remove_servers "$TEST_DIR"
-  fi
+  for job in "${jobs[@]}"; do kill -TERM -- "-$job" 2>/dev/null || true; done
+  # What a step has started may still be cleaning up when the step itself has ended.
+  for job in "${jobs[@]}"; do wait_for 90 gone "$job" || true; done
+  if [[ -e $TEST_DIR ]]; then remove_servers "$TEST_DIR"; fi
   # Nothing to do where the end-to-end run came to its end: it cleans up itself.
-  DESAFIO3_MODE='' ./scripts/clean.sh >/dev/null 2>&1 || true
+  for mode in local docker; do
+    if [[ -e $tmp/$mode ]]; then (cd "$tmp/$mode" && DESAFIO3_MODE=$mode ./scripts/clean.sh >/dev/null 2>&1) || true; fi
+  done
   rm -rf "$tmp"
 }
+gone() { ! kill -0 -- "-$1" 2>/dev/null; } # the job, and all that it has started
 trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
 # ---------------------------------------------------------------- what the steps do
 
-well_formatted() {
-  local files
-  files=$(gofmt -l .)
-  if [[ -n $files ]]; then
-    printf 'run gofmt -w on:\n%s\n' "$files"
-    return 1
+formatted() { is "$(gofmt -d . | tee /dev/stderr)" ''; }
+
+# split FILE: writes each block of FILE that is marked sh or bash into a file of its own, named by its line.
+split() {
+  mkdir -p "$tmp/blocks/$1"
+  awk -v folder="$tmp/blocks/$1" '
+    /^ *```/ && (!inside || /^ *``` *$/) { # inside of a block only a bare fence ends it
+      inside = !inside
+      kind = substr($0, index($0, "```") + 3)
+      file = inside && kind ~ /^(sh|bash)$/ ? sprintf("%s/%05d.%s", folder, NR, kind) : ""
+      if (file) print "# a block marked " kind >file
+      next
+    }
+    file { print >file }' "$1"
+}
+
+# blocks_are_sound: every block is Bash, and those of LEIAME.md are those of README.md, in the same order.
+blocks_are_sound() {
+  local block
+  for block in "$tmp/blocks/README.md"/*; do
+    bash -n "$block" || die "README.md: the block in line $((10#$(basename "${block%.*}"))) is no Bash"
+  done
+  if [[ -e LEIAME.md ]] || grep -q LEIAME.md README.md; then
+    split LEIAME.md
+    diff -u --label README.md --label LEIAME.md <(cat "$tmp/blocks/README.md"/*) <(cat "$tmp/blocks/LEIAME.md"/*) ||
+      die 'the blocks of README.md and LEIAME.md differ'
   fi
 }
 
-# end_to_end MODE: what a user does with the stack, in the order of the README.
+# follow_readme MODE: runs the blocks that are marked sh, in order, each in a shell of its own, on ports and with
+# names of this check. Without Docker those that say "docker" are left out.
+follow_readme() {
+  local block ran=0 left_out=0 line
+  for block in "$tmp/blocks/README.md"/*.sh; do
+    if is "$1" local && grep -qw docker "$block"; then
+      left_out=$((left_out + 1))
+      continue
+    fi
+    line=$((10#$(basename "$block" .sh)))
+    title "README.md:$line"
+    bash -xeuo pipefail -c "$(sed -E "s/(localhost|127\.0\.0\.1):8000/127.0.0.1:$WEB_PORT/g; s/desafio3([-_])/$project\1/g" "$block")" ||
+      die "README.md:$line: the block that begins here failed"
+    cat "$block" >>"$tmp/$1.followed"
+    ran=$((ran + 1))
+  done
+  say "README.md: $ran blocks ran, $left_out that need Docker were left out"
+}
+
+# end_to_end MODE: what a user does with the stack, in a fresh clone.
 end_to_end() {
   set -e
+  local script
   export DESAFIO3_MODE=$1 WEB_PORT POSTGRES_PORT REDIS_PORT
   WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
+  cd "$tmp/$1"
+  state=$PWD/.local
+  follow_readme "$1"
+
+  title 'From the start again'
+  ./scripts/clean.sh
   ./scripts/start.sh
   title 'Starting it again is harmless'
   ./scripts/start.sh
@@ -81,10 +142,11 @@ end_to_end() {
   title 'Populating it again does not double the catalogue'
   ./scripts/populate.sh
   holds_8_products
-  ./scripts/test.sh
-  ./scripts/test_communication.sh
-  ./scripts/demo_cache.sh
-  ./scripts/demo_failure.sh
+  for script in test test_communication demo_cache demo_stale demo_failure demo_orchestration; do
+    # One that README.md has run already needs no second time.
+    grep -qs "scripts/$script.sh" "$tmp/$1.followed" || "./scripts/$script.sh"
+  done
+  ./scripts/monitor.sh 3
   title 'The data outlives the stack'
   ./scripts/stop.sh
   ./scripts/start.sh
@@ -93,7 +155,7 @@ end_to_end() {
   ./scripts/clean.sh
   claim 'no process listens on its port' closed "$WEB_PORT"
   if is "$1" local; then
-    claim 'no folder with data' test ! -e "$DESAFIO3_STATE"
+    claim 'no folder with data' test ! -e "$state"
   else
     claim 'no container, volume, network or image' is "$(docker ps -a | grep "$project")$(
       docker volume ls | grep "$project")$(docker network ls | grep "$project")$(docker images | grep "$project")" ''
@@ -104,12 +166,10 @@ end_to_end() {
 holds_8_products() { (attach && request GET /products && claim 'the catalogue holds 8 products' is "$(field count)" 8 && verdict); }
 closed() { ! port_taken "$1"; }
 
-docker_is_ready() {
-  local image
-  have docker && docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1 || return 1
-  for image in $(base_images); do
-    docker image inspect "$image" >/dev/null 2>&1 || return 1
-  done
+# fresh_clone FOLDER: what git would put there, and what it does not know yet.
+fresh_clone() {
+  mkdir "$1"
+  tar --exclude=./.local --exclude=./.env --exclude=./web -cf - . | tar -xf - -C "$1"
 }
 
 # ---------------------------------------------------------------- the run
@@ -119,24 +179,36 @@ need_servers
 need gcc # for the race detector
 need shellcheck 2>/dev/null || say 'shellcheck is not installed: the scripts are not checked'
 
-step 'gofmt' well_formatted
-step 'go vet' go vet ./...
-if have shellcheck; then step 'shellcheck' shellcheck -x scripts/*.sh .ci/run; fi
-export POSTGRES_ARGS='-c fsync=off' RACE=1 # RACE: in the replicas of TestPromise, too
-private_servers "$TEST_DIR"
-step 'go test -race' go test -race -v -count=1 -timeout 90m ./...
-stop_redis "$TEST_DIR"
-stop_postgres "$TEST_DIR" immediate
-step 'end to end, without Docker' end_to_end local
-if docker_is_ready; then
-  step 'end to end, with Docker' end_to_end docker
-else
-  say 'end to end, with Docker: left out, no engine with Compose v2 and all images is here'
+if [[ -n ${RUN:-} ]]; then
+  POSTGRES_ARGS='-c fsync=off' private_servers "$TEST_DIR"
+  go test -v -count=1 -run "$RUN" .
+  exit
 fi
 
-if ((${#broken[@]})); then
-  printf '\n%sFAILED:%s\n' "$red" "$plain"
-  printf '  %s\n' "${broken[@]}"
-  exit 1
+split README.md
+step 'gofmt' formatted
+step 'go vet' go vet ./...
+if have shellcheck; then step 'shellcheck' shellcheck -x scripts/*.sh .ci/run; fi
+step 'the blocks of README.md and LEIAME.md' blocks_are_sound
+POSTGRES_ARGS='-c fsync=off' private_servers "$TEST_DIR"
+step 'go test -race' go test -race -v -count=1 -timeout 80m ./...
+results # before the next steps: some tests measure times
+fresh_clone "$tmp/local"
+step 'end to end, without Docker' end_to_end local
+reason=$(why_not_docker)
+if [[ -z $reason ]]; then
+  fresh_clone "$tmp/docker"
+  step 'end to end, with Docker' end_to_end docker
+else
+  say "end to end, with Docker: left out, $reason"
 fi
+results
+# After the stacks of Compose have gone: when an engine leaves a swarm, it forgets the names of running containers.
+if [[ -z $reason ]] && is "$(docker info -f '{{.Swarm.LocalNodeState}}')" inactive; then
+  COMPOSE_PROJECT_NAME=desafio3-swarm-$$ step 'demo_swarm.sh' ./scripts/demo_swarm.sh
+  results
+else
+  say 'demo_swarm.sh: left out, no engine with the images is here that is in no swarm yet'
+fi
+((!${#broken[@]})) || die "$(printf '%s; ' "${broken[@]}")did not hold"
 printf '\n%sEverything holds.%s\n' "$green" "$plain"
