@@ -36,11 +36,11 @@ import (
 //
 // The first two are ideas of "Scaling Memcache at Facebook" (NSDI 2013). Handlers call Get and Write; Run must run.
 type Cache struct {
+	cfg      config
 	db       *sql.DB
 	listener *pq.Listener // receives the notifications of rule 2
 	pool     *redis.Pool
 	commands chan *command // waiting to be sent to Redis
-	ttl      time.Duration
 
 	// The cache is trusted while trustedAt equals doubts. Every doubt adds one to doubts, so that a doubt which comes
 	// up while trust is being won back is never lost.
@@ -107,18 +107,14 @@ const (
 // needs dsn.
 func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 	c := &Cache{
-		db: db, ttl: cfg.cacheTTL, commands: make(chan *command, 1000), lookups: map[string]*lookup{},
+		cfg: cfg, db: db, commands: make(chan *command, 1000), lookups: map[string]*lookup{},
 		requests: map[source]*atomic.Int64{hit: {}, miss: {}, bypass: {}},
 	}
 	c.doubts.Store(1)
 	c.reachable.Store(true) // until it is found not to be: even the first writer must announce itself
 	c.pool = &redis.Pool{
-		DialContext: func(ctx context.Context) (redis.Conn, error) {
-			conn, err := c.connect(ctx, net.JoinHostPort(cfg.redisHost, cfg.redisPort), cfg.redisPassword)
-			c.reachable.Store(err == nil)
-			return conn, err
-		},
-		MaxActive: 2, MaxIdle: 2, Wait: true, IdleTimeout: 5 * time.Minute, // for sendCommands and for reach
+		DialContext: c.connect,
+		MaxActive:   2, MaxIdle: 2, Wait: true, IdleTimeout: 5 * time.Minute, // for sendCommands and for Run
 		TestOnBorrow: func(_ redis.Conn, used time.Time) error {
 			if used.UnixNano() <= c.doubtedAt.Load() {
 				return errors.New("a connection from before the last doubt")
@@ -178,13 +174,11 @@ func (c *Cache) Get(ctx context.Context, key string, load func(context.Context) 
 	if running == nil {
 		c.look(key, mine) // here and not in a goroutine of its own, which a hit is not worth
 	}
-	timeout := time.NewTimer(lookupTimeout)
-	defer timeout.Stop()
 	select {
 	case <-mine.done:
 	case <-ctx.Done():
 		return nil, "", ctx.Err()
-	case <-timeout.C:
+	case <-time.After(lookupTimeout):
 		return nil, "", context.DeadlineExceeded
 	}
 	c.requests[mine.source].Add(1)
@@ -194,11 +188,12 @@ func (c *Cache) Get(ctx context.Context, key string, load func(context.Context) 
 // look does a lookup. Redis is asked first, with one command that returns what the key holds or, when it holds nothing,
 // takes the lease on it. What Redis does not know is loaded in a goroutine of its own.
 func (c *Cache) look(key string, l *lookup) {
-	doubts, token := c.doubts.Load(), lease+rand.Text()
+	doubts := c.doubts.Load()
 	if c.trustedAt.Load() != doubts {
 		go c.load(key, l, bypass, "")
 		return
 	}
+	token := lease + rand.Text()
 	reply, err := c.do("SET", key, token, "NX", "GET", "EX", int(leaseLife.Seconds()))
 	held, _ := reply.([]byte)
 	switch {
@@ -229,7 +224,7 @@ func (c *Cache) load(key string, l *lookup, from source, token string) {
 	}
 	close(l.done)
 	if token != "" { // an error of Redis ends trust, and that is all there is to do about it
-		_, _ = c.do("EVALSHA", fillScript.Hash(), 2, key, marks(key), token, body, int(c.ttl.Seconds()))
+		_, _ = c.do("EVALSHA", fillScript.Hash(), 2, key, marks(key), token, body, int(c.cfg.cacheTTL.Seconds()))
 	}
 	c.finish(key, l)
 }
@@ -371,32 +366,29 @@ func (c *Cache) sendCommands() {
 		for range len(c.commands) {
 			batch = append(batch, <-c.commands)
 		}
-		err := errors.New("redis did not answer a moment ago")
-		if c.reachable.Load() {
-			if err = c.exchange(batch); err != nil {
-				c.reachable.Store(false)
-				c.distrust(err)
-			}
+		reachable := c.reachable.Load()
+		if reachable {
+			c.exchange(batch)
 		}
 		for _, cmd := range batch {
-			cmd.err = cmp.Or(cmd.err, err)
+			if !reachable {
+				cmd.err = errors.New("redis did not answer a moment ago")
+			}
 			close(cmd.done)
 		}
 	}
 }
 
-// exchange sends a batch of commands and receives the replies. Its error means that Redis could not be reached, or did
-// not answer within redisTimeout. What Redis refuses, because it is full or only a replica, is the command's error.
-func (c *Cache) exchange(batch []*command) error {
+// exchange sends a batch of commands to Redis and receives the replies, in redisTimeout at most. Each command has an
+// error of its own: when the connection breaks, those before it have been answered. That Redis refuses a command,
+// because it is full or only a replica, is an error, too, but Redis can still be reached.
+func (c *Cache) exchange(batch []*command) {
 	deadline := time.Now().Add(redisTimeout)
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
-	conn, err := c.pool.GetContext(ctx)
-	if err != nil {
-		return err
-	}
+	// A connection that could not be made, or that breaks, returns the reason from every call, and from Err.
+	conn, _ := c.pool.GetContext(ctx)
 	defer conn.Close() // returns it to the pool, which drops it if it is broken
-	// What breaks the connection is returned by every call after that, and by Err.
 	for _, cmd := range batch {
 		_ = conn.Send(cmd.name, cmd.args...)
 	}
@@ -404,19 +396,19 @@ func (c *Cache) exchange(batch []*command) error {
 	for _, cmd := range batch {
 		// A timeout of zero would be none at all.
 		cmd.reply, cmd.err = redis.ReceiveWithTimeout(conn, max(time.Until(deadline), time.Millisecond))
+		c.reachable.Store(conn.Err() == nil)
 		if cmd.err != nil {
 			c.distrust(cmd.err)
 		}
 	}
-	return conn.Err()
 }
 
 // connect dials Redis and asks who it is. A Redis older than 7.0 does not know SET with NX and GET, and one that may
 // evict any key could forget a writer: both are refused. One that is not the process that answered last may hold
 // anything, an old snapshot for example: that ends trust.
-func (c *Cache) connect(ctx context.Context, address, password string) (redis.Conn, error) {
-	conn, err := redis.DialContext(ctx, "tcp", address, redis.DialPassword(password),
-		redis.DialReadTimeout(redisTimeout/2), redis.DialWriteTimeout(redisTimeout))
+func (c *Cache) connect(ctx context.Context) (redis.Conn, error) {
+	conn, err := redis.DialContext(ctx, "tcp", net.JoinHostPort(c.cfg.redisHost, c.cfg.redisPort),
+		redis.DialPassword(c.cfg.redisPassword), redis.DialReadTimeout(redisTimeout/2), redis.DialWriteTimeout(redisTimeout))
 	if err != nil {
 		return nil, err
 	}
@@ -509,11 +501,13 @@ func (c *Cache) Run(ctx context.Context) {
 		return false, err
 	})
 	repeat(ctx, "cache not in use yet", func() (bool, error) {
-		err := c.reach()
-		if err == nil && !c.trusted() {
-			err = c.restore(ctx)
+		// Nobody else asks a Redis that did not answer a moment ago. No other command waits for this one.
+		ping := &command{name: "PING"}
+		c.exchange([]*command{ping})
+		if ping.err != nil || c.trusted() {
+			return false, ping.err
 		}
-		return false, err
+		return false, c.restore(ctx)
 	})
 }
 
@@ -551,22 +545,6 @@ func (c *Cache) restore(ctx context.Context) error {
 		slog.Info("cache trusted")
 	}
 	return nil
-}
-
-// reach asks Redis whether it is there. Nobody else asks a Redis that did not answer a moment ago.
-func (c *Cache) reach() error {
-	ctx, cancel := context.WithTimeout(context.Background(), redisTimeout)
-	defer cancel()
-	conn, err := c.pool.GetContext(ctx)
-	if err == nil {
-		_, err = redis.DoWithTimeout(conn, redisTimeout, "PING")
-		_ = conn.Close()
-	}
-	c.reachable.Store(err == nil)
-	if err != nil {
-		c.distrust(err)
-	}
-	return err
 }
 
 // scan runs a command, UNLINK or EXISTS, with the cache's keys, some at a time, and returns how many it counted. SCAN
@@ -639,7 +617,7 @@ type CacheStats struct {
 // Stats counts requests since this process started, and says what Redis holds now.
 func (c *Cache) Stats() CacheStats {
 	st := CacheStats{
-		Status: "disconnected", Trusted: c.trusted(), TTL: int(c.ttl.Seconds()),
+		Status: "disconnected", Trusted: c.trusted(), TTL: int(c.cfg.cacheTTL.Seconds()),
 		Hits: c.requests[hit].Load(), Misses: c.requests[miss].Load(), Bypasses: c.requests[bypass].Load(),
 	}
 	if all := st.Hits + st.Misses + st.Bypasses; all > 0 {

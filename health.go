@@ -95,7 +95,9 @@ func (s *server) probes() (postgres, redis service) {
 	return postgres, redis
 }
 
-// health answers GET /health. Without Redis the service is degraded, but well.
+// health answers GET /health. Without Redis the service is degraded, but well: it answers from PostgreSQL, only slower. So
+// the status is 200, and an orchestrator does not restart a service that a restart would not mend. Without PostgreSQL
+// it is 503, and a balancer sends requests elsewhere.
 func (s *server) health(w http.ResponseWriter, r *http.Request) error {
 	postgres, cache := s.probes()
 	status, code := "healthy", http.StatusOK
@@ -113,7 +115,7 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) error {
 	}{status, postgres.Status, cache.Status, time.Now().UTC()})
 }
 
-// services answers GET /services.
+// services answers GET /services. The hostname tells replicas apart: in a container it is the container's id.
 func (s *server) services(w http.ResponseWriter, r *http.Request) error {
 	postgres, cache := s.probes()
 	hostname, _ := os.Hostname()
@@ -159,7 +161,8 @@ type poolStats struct {
 	Waited float64 `json:"waited_ms"`
 }
 
-// stats answers GET /stats.
+// stats answers GET /stats. The figures of the cache and the pools are this replica's own, those of the catalogue are
+// the same at every replica.
 func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
 	defer cancel()

@@ -209,7 +209,9 @@ func serve(ctx context.Context, cfg config) error {
 	go applySchema(background, s.db)
 	go s.cache.Run(background)
 
-	// Without these limits one client could hold a connection, and the memory behind it, for ever.
+	// Without these limits one client could hold a connection, and the memory behind it, for ever. The header must have
+	// arrived within ReadHeaderTimeout and the whole request within ReadTimeout; an answer that its client does not take is
+	// given up after WriteTimeout. Between two requests a connection is kept open for IdleTimeout.
 	srv := &http.Server{
 		Handler:           s.handler(),
 		ReadHeaderTimeout: 5 * time.Second,
@@ -455,7 +457,8 @@ func (c *impatientConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// openDatabase returns a pool, which connects when it is used, and the DSN behind it.
+// openDatabase returns a pool, which connects when it is used, and the DSN behind it. The DSN tells PostgreSQL to end by
+// itself what takes longer than statementTimeout, for example because it waits for a lock.
 func openDatabase(cfg config) (*sql.DB, string, error) {
 	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`)
 	dsn := ""
@@ -474,15 +477,12 @@ func openDatabase(cfg config) (*sql.DB, string, error) {
 	} {
 		dsn += fmt.Sprintf("%s='%s' ", name, quote.Replace(value))
 	}
-	dbConfig, err := pq.NewConfig(dsn)
-	if err != nil {
-		return nil, "", err
-	}
-	connector, err := pq.NewConnectorConfig(dbConfig)
+	connector, err := pq.NewConnector(dsn)
 	if err != nil {
 		return nil, "", err
 	}
 	connector.Dialer(dialer{statementTimeout + 500*time.Millisecond}) // a little longer than the server's own patience
+	// As many connections may be idle as may be open: to make a new one costs more than a statement.
 	db := sql.OpenDB(preparer{connector})
 	db.SetMaxOpenConns(poolSize())
 	db.SetMaxIdleConns(poolSize())
