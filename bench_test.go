@@ -9,7 +9,6 @@ import (
 	"context"
 	"database/sql"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -18,7 +17,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -51,6 +49,7 @@ var (
 	clientCount = knob("CLIENTS", 1, 64, 256)     // how many connections send requests
 	growth      = knob("GROWTH", 10_000, 100_000) // catalogues of so many products, beside those of 8 and 1,000
 	base        = os.Getenv("BASE")               // the path of another build of the service, to compare with
+	logLevel    = "LOG_LEVEL=" + cmp.Or(os.Getenv("LOG_LEVEL"), "warn")
 )
 
 // knob reads whole numbers from an environment variable.
@@ -96,7 +95,7 @@ func mixed(reads, updates [][]byte) (all [][]byte) {
 }
 
 // A measurement is what was found, by these names.
-type measurement [6]float64
+type measurement [5]float64
 
 const (
 	perSecond = iota // answers
@@ -104,22 +103,18 @@ const (
 	p99              // and 99 of 100 within so many
 	micros           // of processor time for a request
 	peak             // the most memory that the program has had since its start, in MiB
-	generator        // of processor time for a request, in microseconds, that the load generator took
 )
 
-// measure puts the load on the program and says what came of it.
-func (p *program) measure(b *testing.B, l load, clients, seconds int) (m measurement) {
+// measure puts the load on a program and says what came of it.
+func measure(p *process, l load, clients, seconds int) (m measurement) {
 	begin := time.Now()
 	start := begin.Add(300 * time.Millisecond)
 	end := start.Add(time.Duration(seconds) * time.Second)
 	var turns atomic.Int64
-	client := func() (latencies []time.Duration, err error) {
-		conn, err := net.Dial("tcp", p.address)
-		if err != nil {
-			return nil, err
-		}
+	client := func() (latencies []time.Duration) {
+		conn := p.dial("")
 		defer conn.Close()
-		_ = conn.SetDeadline(end.Add(time.Minute))
+		check(conn.SetDeadline(end.Add(time.Minute)))
 		in := bufio.NewReaderSize(conn, 16<<10)
 		for {
 			sent := time.Now()
@@ -131,11 +126,9 @@ func (p *program) measure(b *testing.B, l load, clients, seconds int) (m measure
 				sleepUntil(sent)
 			}
 			if sent.After(end) {
-				return latencies, nil
+				return latencies
 			}
-			if err := exchange(conn, in, l.requests[rand.IntN(len(l.requests))]); err != nil {
-				return nil, err
-			}
+			exchange(conn, in, l.requests[rand.IntN(len(l.requests))])
 			now := time.Now()
 			counts := now.After(start) && now.Before(end)
 			if l.rate > 0 {
@@ -146,44 +139,36 @@ func (p *program) measure(b *testing.B, l load, clients, seconds int) (m measure
 			}
 		}
 	}
-	latencies, errs := make([][]time.Duration, clients), make([]error, clients)
+	latencies := make([][]time.Duration, clients)
 	var wait sync.WaitGroup
 	for i := range clients {
-		wait.Go(func() { latencies[i], errs[i] = client() })
+		wait.Go(func() { latencies[i] = client() })
 	}
 	time.Sleep(time.Until(start))
-	program, own := processorTime(p.pid), processorTime(os.Getpid())
+	busy := processorTime(p.Process.Pid)
 	time.Sleep(time.Until(end))
-	program, own = processorTime(p.pid)-program, processorTime(os.Getpid())-own
+	busy = processorTime(p.Process.Pid) - busy
 	wait.Wait()
 	all := slices.Sorted(slices.Values(slices.Concat(latencies...)))
-	if err := errors.Join(errs...); err != nil || len(all) == 0 {
-		b.Fatalf("%s: %d answers, then %v", p.name, len(all), err)
-	}
 	n, ms := float64(len(all)), func(i int) float64 { return all[i].Seconds() * 1e3 }
 	m[perSecond], m[p50], m[p99] = n/float64(seconds), ms(len(all)/2), ms(len(all)*99/100)
-	m[micros], m[generator], m[peak] = program/n*1e6, own/n*1e6, peakMemory(p.pid)
+	m[micros], m[peak] = busy/n*1e6, peakMemory(p.Process.Pid)
 	return m
 }
 
 // exchange sends a request and reads the answer, and does no more than it must: the load generator shares the
 // processors with the service.
-func exchange(conn net.Conn, in *bufio.Reader, request []byte) error {
-	if _, err := conn.Write(request); err != nil {
-		return err
-	}
-	for length := -1; ; {
-		line, err := in.ReadSlice('\n')
+func exchange(conn net.Conn, in *bufio.Reader, request []byte) {
+	must(conn.Write(request))
+	for length := 0; ; {
+		line := must(in.ReadSlice('\n'))
 		if value, ok := bytes.CutPrefix(line, []byte("Content-Length: ")); ok {
-			length, err = strconv.Atoi(string(bytes.TrimSpace(value)))
+			length = must(strconv.Atoi(string(bytes.TrimSpace(value))))
 		} else if bytes.HasPrefix(line, []byte("HTTP/1.1 ")) && !bytes.HasPrefix(line, []byte("HTTP/1.1 2")) {
-			err = fmt.Errorf("%q was the answer to %q", line, request)
+			panic(fmt.Sprintf("%q was the answer to %q", line, request))
 		} else if string(line) == "\r\n" { // the body follows
-			_, err = in.Discard(length)
-			return err
-		}
-		if err != nil {
-			return err
+			must(in.Discard(length))
+			return
 		}
 	}
 }
@@ -213,51 +198,6 @@ func peakMemory(pid int) float64 {
 
 // ---------------------------------------------------------------- the programs
 
-// A program is a process that answers HTTP.
-type program struct {
-	name, address string
-	pid           int
-	stop          func()
-}
-
-// start starts a program on a port of its own.
-func start(b *testing.B, name, path string, environment ...string) *program {
-	port := freePort()
-	cmd := exec.Command(path)
-	cmd.Stderr = must(os.Create(filepath.Join(b.TempDir(), "log")))
-	cmd.Env = append(os.Environ(), "BIND_ADDRESS=127.0.0.1", "PORT="+port, "LOG_LEVEL="+cmp.Or(os.Getenv("LOG_LEVEL"), "warn"))
-	cmd.Env = append(cmd.Env, environment...)
-	check(cmd.Start())
-	stop := sync.OnceFunc(func() {
-		check(cmd.Process.Signal(syscall.SIGTERM))
-		_ = cmd.Wait() // the references know no graceful end
-	})
-	b.Cleanup(stop)
-	return &program{name, "127.0.0.1:" + port, cmd.Process.Pid, stop}
-}
-
-// await asks the program every millisecond, until it answers with these words.
-func (p *program) await(b *testing.B, path, words string) *program {
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
-		body, err := get(p.address + path)
-		if err == nil && bytes.Contains(body, []byte(words)) {
-			return p
-		}
-		if time.Now().After(deadline) {
-			b.Fatalf("%s: no %s in 20 s: %v %s", p.name, words, err, body)
-		}
-	}
-}
-
-func get(address string) ([]byte, error) {
-	response, err := http.Get("http://" + address)
-	if err != nil {
-		return nil, err
-	}
-	defer response.Body.Close()
-	return io.ReadAll(response.Body)
-}
-
 // binaries returns the paths of what is compared: the service, built as the Dockerfile does, and BASE.
 func binaries(b *testing.B) []string {
 	path := filepath.Join(b.TempDir(), "service")
@@ -272,26 +212,25 @@ func binaries(b *testing.B) []string {
 	return []string{path, base}
 }
 
-// catalogue makes a database with so many products, and returns the environment that leads programs to it.
-func catalogue(b *testing.B, products int) (environment string) {
-	db := psql(b, withDatabase(b, testConfig(b)))
-	mustExec(b, db, string(must(os.ReadFile("schema.sql"))))
+// catalogue makes a database with so many products.
+func catalogue(b *testing.B, products int) config {
+	cfg := withDatabase(b, testConfig())
+	db := psql(b, cfg)
+	mustExec(b, db, schema)
 	mustExec(b, db, `INSERT INTO products (name, description, price, stock, category)
 		SELECT 'Product ' || n, 'A product like any other, with a description of a usual length.',
 		       n % 1000 + 0.99, n % 100, 'category ' || n % 10
 		FROM generate_series(1, $1::int) n`, products)
 	mustExec(b, db, "VACUUM ANALYZE products")
-	check(db.QueryRow("SELECT 'POSTGRES_DB=' || current_database()").Scan(&environment))
-	return environment
+	return cfg
 }
 
-// startReference starts this very program as a reference.
-func startReference(b *testing.B, name, database string, service *program) *program {
-	p := start(b, name, "/proc/self/exe", database, "REFERENCE="+name, "SERVICE="+service.address)
-	return p.await(b, "/products", "")
+// await waits until the program answers with these words.
+func (p *process) await(path, words string) {
+	eventually(p.t, path+" says "+words, func() bool { return strings.Contains(p.send("GET", path, "").body, words) })
 }
 
-// init makes this program a reference, where startReference has started it.
+// init makes this program a reference, where BenchmarkRequests has started it.
 func init() {
 	handler := map[string]func() http.Handler{"bare handler": bareHandler, "textbook": textbook}[os.Getenv("REFERENCE")]
 	if handler != nil {
@@ -301,6 +240,7 @@ func init() {
 
 // bareHandler asks the service once for each body, and from then on writes the same bytes from memory.
 func bareHandler() http.Handler {
+	service := &testServer{url: os.Getenv("SERVICE")}
 	var bodies sync.Map
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		path, status := r.URL.RequestURI(), http.StatusOK
@@ -310,53 +250,39 @@ func bareHandler() http.Handler {
 		_, _ = io.Copy(io.Discard, r.Body)
 		body, known := bodies.Load(path)
 		if !known {
-			body, _ = bodies.LoadOrStore(path, must(get(os.Getenv("SERVICE")+path)))
+			body, _ = bodies.LoadOrStore(path, []byte(must(service.trySend("GET", path, "")).body))
 		}
-		w.Header().Set("Content-Type", "application/json")
-		w.Header().Set("Content-Length", strconv.Itoa(len(body.([]byte))))
-		w.WriteHeader(status)
-		_, _ = w.Write(body.([]byte))
+		respond(w, status, body.([]byte))
 	})
 }
 
 // textbook updates a product as tutorials do: SELECT, BEGIN, UPDATE, COMMIT and then DEL for the cache, with pools like
 // the service's. It takes more round trips than the service, and lets its cache lie.
 func textbook() http.Handler {
-	size := 4 + 4*runtime.GOMAXPROCS(0)
 	db := must(sql.Open("postgres", os.ExpandEnv("host=$POSTGRES_HOST port=$POSTGRES_PORT dbname=$POSTGRES_DB user=$POSTGRES_USER "+
 		"password='$POSTGRES_PASSWORD' sslmode=disable binary_parameters=yes application_name=desafio3")))
-	db.SetMaxOpenConns(size)
-	db.SetMaxIdleConns(size)
-	pool := &redis.Pool{MaxActive: size, MaxIdle: size, Wait: true, Dial: dialRedis}
+	db.SetMaxOpenConns(poolSize())
+	db.SetMaxIdleConns(poolSize())
+	pool := &redis.Pool{MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, Dial: dialRedis}
 	mux := http.NewServeMux()
 	mux.HandleFunc("PUT /products/{id}", func(w http.ResponseWriter, r *http.Request) {
-		var p struct {
-			ID, Stock                   int64
-			Name, Description, Category string
-			Price                       json.Number
-			CreatedAt, UpdatedAt        time.Time
-		}
-		const columns = "id, name, description, price, stock, category, created_at, updated_at"
-		all := []any{&p.ID, &p.Name, &p.Description, &p.Price, &p.Stock, &p.Category, &p.CreatedAt, &p.UpdatedAt}
-		check(db.QueryRowContext(r.Context(), "SELECT "+columns+" FROM products WHERE id = $1", r.PathValue("id")).Scan(all...))
+		var p product
+		check(p.scan(db.QueryRowContext(r.Context(), selectProduct, r.PathValue("id"))))
 		check(json.NewDecoder(r.Body).Decode(&p))
 		tx := must(db.BeginTx(r.Context(), nil))
 		defer tx.Rollback()
-		check(tx.QueryRowContext(r.Context(), `UPDATE products
-			SET name = $2, description = $3, price = $4, stock = $5, category = $6, updated_at = now()
-			WHERE id = $1 RETURNING `+columns, p.ID, p.Name, p.Description, p.Price, p.Stock, p.Category).Scan(all...))
+		check(p.scan(tx.QueryRowContext(r.Context(), updateProduct, p.ID, p.Name, p.Description, p.Price, p.Stock, p.Category)))
 		check(tx.Commit())
 		conn := pool.Get()
 		defer conn.Close()
-		must(conn.Do("DEL", "products:all", "products:"+r.PathValue("id")))
-		w.Header().Set("Content-Type", "application/json")
-		check(json.NewEncoder(w).Encode(p))
+		must(conn.Do("DEL", keyAll, productKey(p.ID)))
+		check(respondJSON(w, http.StatusOK, p))
 	})
 	return mux
 }
 
 func dialRedis() (redis.Conn, error) {
-	return redis.Dial("tcp", os.ExpandEnv("$REDIS_HOST:$REDIS_PORT"), redis.DialPassword(os.Getenv("REDIS_PASSWORD")))
+	return redis.Dial("tcp", os.ExpandEnv("$REDIS_HOST:$REDIS_PORT"))
 }
 
 // ---------------------------------------------------------------- the benchmarks
@@ -402,14 +328,16 @@ func BenchmarkRequests(b *testing.B) {
 	table := "products\t\tclients\treference" + strings.Repeat("\t|\ta second\tp50 ms\tp99 ms\tCPU µs\tpeak MiB\tratio", 1+len(paths)) + "\t\n"
 	for _, products := range append([]int{8, 1000}, growth...) {
 		b.Run(fmt.Sprintf("products=%d", products), func(b *testing.B) {
-			database := catalogue(b, products)
-			programs := []*program{nil} // for the reference
+			cfg := catalogue(b, products)
+			programs := []*process{nil} // for the reference
 			for _, path := range paths {
-				programs = append(programs, start(b, filepath.Base(path), path, database).await(b, "/stats", `"trusted":true`))
+				p := startProcess(b, path, cfg, logLevel)
+				p.await("/stats", `"trusted":true`)
+				programs = append(programs, p)
 			}
-			references := map[string]*program{}
+			references := map[string]*process{}
 			for _, name := range []string{"bare handler", "textbook"} {
-				references[name] = startReference(b, name, database, programs[1])
+				references[name] = startProcess(b, "/proc/self/exe", cfg, "REFERENCE="+name, "SERVICE="+programs[1].url)
 			}
 			for _, s := range scenarios(products) {
 				programs[0] = references[s.reference]
@@ -435,12 +363,12 @@ func BenchmarkRequests(b *testing.B) {
 }
 
 // compare measures programs in turn, round by round, and returns the cells with their medians.
-func compare(b *testing.B, programs []*program, l load, clients, seconds int) (cells string) {
+func compare(b *testing.B, programs []*process, l load, clients, seconds int) (cells string) {
 	rounds := make([][]measurement, len(programs))
 	for round := 0; b.Loop(); round++ {
 		for i := range programs {
 			i = (i + round) % len(programs) // so that each is first in turn
-			rounds[i] = append(rounds[i], programs[i].measure(b, l, clients, seconds))
+			rounds[i] = append(rounds[i], measure(programs[i], l, clients, seconds))
 		}
 	}
 	reference := medians(rounds[0])
@@ -448,9 +376,7 @@ func compare(b *testing.B, programs []*program, l load, clients, seconds int) (c
 		m := medians(rounds[i])
 		ratio := m[perSecond] / reference[perSecond]
 		cells += fmt.Sprintf("|\t%.0f\t%.2f\t%.2f\t%.1f\t%.1f\t%.2f\t", m[perSecond], m[p50], m[p99], m[micros], m[peak], ratio)
-		name := strings.ReplaceAll(programs[i].name, " ", "-")
-		b.ReportMetric(m[perSecond], name+"/s")
-		b.ReportMetric(m[generator], name+"-generator-µs")
+		b.ReportMetric(m[perSecond], []string{"reference/s", "service/s", "base/s"}[i])
 	}
 	b.ReportMetric(0, "ns/op") // of a whole round: that says nothing
 	return cells
@@ -469,27 +395,25 @@ func medians(rounds []measurement) (median measurement) {
 func clearList(ctx context.Context) {
 	conn := must(dialRedis())
 	defer conn.Close()
-	for range time.Tick(5 * time.Millisecond) {
-		if ctx.Err() != nil {
-			return
-		}
-		must(conn.Do("DEL", "products:all"))
+	for ; ctx.Err() == nil; time.Sleep(5 * time.Millisecond) {
+		must(conn.Do("DEL", keyAll))
 	}
 }
 
 // BenchmarkStart measures how long it takes from the start of the process to the first answer from the database, both
 // servers being up.
 func BenchmarkStart(b *testing.B) {
-	database := catalogue(b, 8)
+	cfg := catalogue(b, 8)
 	for _, path := range binaries(b) {
 		b.Run(filepath.Base(path), func(b *testing.B) {
 			var took []float64
 			for b.Loop() {
 				for range 9 {
 					began := time.Now()
-					p := start(b, path, path, database).await(b, "/health", `"database":"connected"`)
+					p := startProcess(b, path, cfg, logLevel)
+					p.await("/health", `"database":"connected"`)
 					took = append(took, time.Since(began).Seconds()*1e3)
-					p.stop()
+					p.kill()
 				}
 			}
 			slices.Sort(took)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -16,7 +17,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -36,30 +36,24 @@ func TestMain(m *testing.M) {
 		fmt.Println("These tests need a PostgreSQL and a Redis of their own: run ./scripts/check.sh")
 		os.Exit(1)
 	}
-	slog.SetDefault(slog.New(slog.NewTextHandler(io.Discard, nil)))
+	slog.SetDefault(slog.New(slog.DiscardHandler))
 	flag.Parse()
 	// Most tests wait most of the time, so more of them run at the same time than there are processors.
 	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
-		_ = parallel.Value.Set("8")
+		_ = parallel.Value.Set("12")
 	}
-	servers, err := os.MkdirTemp("", "redis")
-	if err != nil {
-		panic(err)
-	}
+	guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	must(guard.StdinPipe())
+	check(guard.Start())
 	// The service does not use a Redis before it has been up for a while: these have been when a test takes one.
 	if flag.Lookup("test.bench").Value.String() == "" {
 		for range cap(stock) {
-			r := &redisServer{dir: servers, port: freePort()}
+			r := &redisServer{port: freePort()}
 			r.launch()
 			stock <- r
 		}
 	}
-	status := m.Run()
-	for len(stock) > 0 {
-		(<-stock).kill()
-	}
-	_ = os.RemoveAll(servers)
-	os.Exit(status)
+	m.Run()
 }
 
 var (
@@ -67,7 +61,10 @@ var (
 	databases atomic.Int64
 	ports     atomic.Int64
 	firstPort = rand.Int64N(10_000)
-	client    = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 1000}}
+	// The guard ends what tests have started when this process has ended, also by a panic, after which no clean-up
+	// runs. It is a shell whose input ends with this process; then it kills its process group, which each child joins.
+	guard  = exec.Command("sh", "-c", "cat; kill -9 0")
+	client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 1000}}
 )
 
 // must returns a value that a test cannot do without.
@@ -83,11 +80,7 @@ func check(err error) {
 }
 
 // testConfig is the configuration that check.sh puts into the environment.
-func testConfig(t testing.TB) config {
-	t.Helper()
-	cfg := must(configure(os.Getenv))
-	return cfg
-}
+func testConfig() config { return must(configure(os.Getenv)) }
 
 // withDatabase returns cfg with a database of its own, which is dropped when the test ends, and an empty Redis: who
 // used it before may have left marks that have not expired.
@@ -97,21 +90,16 @@ func withDatabase(t testing.TB, cfg config) config {
 	defer conn.Close()
 	must(conn.Do("FLUSHALL"))
 	admin := psql(t, cfg)
-	name := fmt.Sprintf("test_%d_%d", os.Getpid(), databases.Add(1))
-	mustExec(t, admin, "CREATE DATABASE "+name)
-	t.Cleanup(func() { mustExec(t, admin, "DROP DATABASE "+name+" WITH (FORCE)") })
-	cfg.postgresDB = name
+	cfg.postgresDB = fmt.Sprintf("test_%d_%d", os.Getpid(), databases.Add(1))
+	mustExec(t, admin, "CREATE DATABASE "+cfg.postgresDB)
+	t.Cleanup(func() { mustExec(t, admin, "DROP DATABASE "+cfg.postgresDB+" WITH (FORCE)") })
 	return cfg
 }
 
 // psql is a session like a person's: its application_name is not the service's.
 func psql(t testing.TB, cfg config) *sql.DB {
-	t.Helper()
-	db, err := sql.Open("postgres", fmt.Sprintf("host=%s port=%s user=%s password=%s dbname=%s sslmode=disable application_name=psql",
-		cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, cfg.postgresDB))
-	if err != nil {
-		t.Fatal(err)
-	}
+	db := must(sql.Open("postgres", fmt.Sprintf("host=%s port=%s user=%s password=%s dbname=%s sslmode=disable application_name=psql",
+		cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, cfg.postgresDB)))
 	t.Cleanup(func() { db.Close() })
 	return db
 }
@@ -123,17 +111,17 @@ func mustExec(t testing.TB, db *sql.DB, query string, args ...any) {
 	}
 }
 
+// ask returns the one value that a query is answered with.
+func ask[T any](db *sql.DB, query string, args ...any) (value T) {
+	check(db.QueryRow(query, args...).Scan(&value))
+	return value
+}
+
 // lock begins a transaction with a statement that takes a lock.
 func lock(db *sql.DB, statement string) *sql.Tx {
 	tx := must(db.Begin())
 	must(tx.Exec(statement))
 	return tx
-}
-
-// waiting returns how many statements wait for a lock in a database.
-func waiting(db *sql.DB) (n int) {
-	check(db.QueryRow(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&n))
-	return n
 }
 
 // A testServer is the service in this process, behind a real port.
@@ -149,7 +137,7 @@ type testServer struct {
 func alone(t *testing.T) (*redisServer, config) {
 	t.Helper()
 	t.Parallel()
-	r, cfg := startRedis(t, testConfig(t))
+	r, cfg := startRedis(t, testConfig())
 	return r, withDatabase(t, cfg)
 }
 
@@ -182,18 +170,38 @@ func startReplica(t testing.TB, cfg config) *testServer {
 	return &testServer{server: s, t: t, url: web.URL, stopCache: cancel}
 }
 
-// eventually waits until a condition holds, and fails the test when it does not within 15 seconds.
-func eventually(t testing.TB, what string, holds func() bool) {
+// eventually waits until a condition holds, and returns how long that took, which is at most a twentieth too much. It
+// fails the test when the condition does not hold within 15 seconds.
+func eventually(t testing.TB, what string, holds func() bool) (took time.Duration) {
 	t.Helper()
-	for began := time.Now(); !holds(); time.Sleep(5 * time.Millisecond) {
-		if time.Since(began) > 15*time.Second {
+	for began := time.Now(); !holds(); took = time.Since(began) {
+		if took > 15*time.Second {
 			t.Fatalf("not within 15 s: %s", what)
 		}
+		time.Sleep(min(took/20, 5*time.Millisecond))
+	}
+	return took
+}
+
+// within fails the test when something took longer than it may.
+func within(t testing.TB, took, limit time.Duration, what string) {
+	t.Helper()
+	if took > limit {
+		t.Errorf("it took %v, and may take %v: %s", took, limit, what)
+	}
+}
+
+// equal fails the test unless two texts are the same.
+func equal(t testing.TB, what, got, want string) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%s: got %s, want %s", what, got, want)
 	}
 }
 
 // An answer is a response that was read whole.
 type answer struct {
+	t      testing.TB
 	status int
 	header http.Header
 	body   string
@@ -202,6 +210,14 @@ type answer struct {
 }
 
 func (a answer) source() source { return source(a.header.Get("Cache-Status")) }
+
+// says fails the test unless the body contains a text.
+func (a answer) says(text string) {
+	a.t.Helper()
+	if !strings.Contains(a.body, text) {
+		a.t.Errorf("no %s in %s", text, a.body)
+	}
+}
 
 // send makes a request; a body is sent as JSON. Headers come in pairs.
 func (s *testServer) send(method, path, body string, headers ...string) answer {
@@ -217,10 +233,7 @@ func (s *testServer) send(method, path, body string, headers ...string) answer {
 func (s *testServer) trySend(method, path, body string, headers ...string) (a answer, err error) {
 	began := time.Now()
 	defer func() { a.took = time.Since(began) }()
-	r, err := http.NewRequest(method, s.url+path, strings.NewReader(body))
-	if err != nil {
-		return a, err
-	}
+	r := must(http.NewRequest(method, s.url+path, strings.NewReader(body)))
 	if body != "" {
 		r.Header.Set("Content-Type", "application/json")
 	}
@@ -233,7 +246,7 @@ func (s *testServer) trySend(method, path, body string, headers ...string) (a an
 	}
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)
-	return answer{status: response.StatusCode, header: response.Header, body: string(text), closes: response.Close}, err
+	return answer{t: s.t, status: response.StatusCode, header: response.Header, body: string(text), closes: response.Close}, err
 }
 
 // want makes a request and fails the test unless the status is as given.
@@ -264,14 +277,11 @@ func wantProblem(t testing.TB, a answer) {
 	}
 }
 
-// create makes a product and returns it.
-func (s *testServer) create(body string) (p product) {
+// create makes a product and returns its path.
+func (s *testServer) create(body string) (path string) {
 	s.t.Helper()
-	check(json.Unmarshal([]byte(s.want(201, "POST", "/products", body).body), &p))
-	return p
+	return s.want(201, "POST", "/products", body).header.Get("Location")
 }
-
-func pathOf(p product) string { return fmt.Sprintf("/products/%d", p.ID) }
 
 // wantSource checks the Cache-Status of a read, and returns the body.
 func (s *testServer) wantSource(from source, path string) string {
@@ -286,62 +296,69 @@ func (s *testServer) wantSource(from source, path string) string {
 // awaitHit waits until the cache answers a read, and returns how long that took.
 func (s *testServer) awaitHit(path string) time.Duration {
 	s.t.Helper()
-	began := time.Now()
-	eventually(s.t, "a hit of "+path, func() bool { return s.send("GET", path, "").source() == hit })
-	return time.Since(began)
+	return eventually(s.t, "a hit of "+path, func() bool { return s.send("GET", path, "").source() == hit })
 }
 
-// A process is the real service: this binary, as TestMain has it.
+// A child is a process that a test starts. It ends when the test says so or, at the latest, with the guard.
+type child struct{ *exec.Cmd }
+
+func newChild(program string, args ...string) child {
+	cmd := exec.Command(program, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pgid: guard.Process.Pid}
+	return child{cmd}
+}
+
+// kill ends it without a warning.
+func (c child) kill() {
+	_ = c.Process.Kill()
+	_ = c.Wait() // an error where it has ended before
+}
+
+func (c child) signal(sig syscall.Signal) { check(c.Process.Signal(sig)) }
+
+// A process is a program that serves HTTP. It is the service where its path is that of this binary, as TestMain has it.
 type process struct {
+	child
 	*testServer
-	env   []string
-	log   string // a file
-	cmd   *exec.Cmd
-	ended chan error
+	path string
+	env  []string
+	log  string // a file
 }
 
 // webCommand is a command line of the service, in check.sh's environment with what is added to it.
-func webCommand(args, env []string) *exec.Cmd {
-	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append(append(os.Environ(), "DESAFIO3_RUN=1"), env...)
-	return cmd
+func webCommand(path string, args, env []string) child {
+	c := newChild(path, args...)
+	c.Env = append(append(os.Environ(), "DESAFIO3_RUN=1"), env...)
+	return c
 }
 
-// startProcess starts the service on a free port and waits until it listens. No process may leave a data race or a
-// panic in its log.
-func startProcess(t testing.TB, cfg config, env ...string) *process {
+// startProcess starts a program on a free port and waits until it listens. None may leave a data race or a panic in its
+// log.
+func startProcess(t testing.TB, path string, cfg config, env ...string) *process {
 	t.Helper()
 	port := freePort()
-	p := &process{testServer: &testServer{t: t, url: "http://127.0.0.1:" + port}, log: filepath.Join(t.TempDir(), "web.log")}
+	p := &process{testServer: &testServer{t: t, url: "http://127.0.0.1:" + port}, path: path, log: filepath.Join(t.TempDir(), "web.log")}
 	p.env = append([]string{"PORT=" + port, "POSTGRES_SSLMODE=disable", "POSTGRES_HOST=" + cfg.postgresHost, "POSTGRES_PORT=" + cfg.postgresPort,
 		"POSTGRES_DB=" + cfg.postgresDB, "REDIS_HOST=" + cfg.redisHost, "REDIS_PORT=" + cfg.redisPort}, env...)
+	p.start()
 	t.Cleanup(func() {
-		_ = p.cmd.Process.Kill()
-		<-p.ended
-		log, err := os.ReadFile(p.log)
-		if err != nil || t.Failed() || strings.Contains(string(log), "DATA RACE") || strings.Contains(string(log), "panic") {
-			t.Errorf("the end of the log of %s: %v\n%s", p.url, err, log[max(0, len(log)-5000):])
+		p.kill()
+		log := must(os.ReadFile(p.log))
+		if t.Failed() || bytes.Contains(log, []byte("DATA RACE")) || bytes.Contains(log, []byte("panic")) {
+			t.Errorf("the end of the log of %s:\n%s", p.url, log[max(0, len(log)-5000):])
 		}
 	})
-	p.start()
 	eventually(t, "the service listens", func() bool { _, err := p.trySend("GET", "/", ""); return err == nil })
 	return p
 }
 
+// start starts it, or starts it again.
 func (p *process) start() {
-	p.t.Helper()
 	log := must(os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600))
 	defer log.Close()
-	p.cmd, p.ended = webCommand(nil, p.env), make(chan error, 1)
-	p.cmd.Stdout, p.cmd.Stderr = log, log
-	check(p.cmd.Start())
-	go func(cmd *exec.Cmd, ended chan error) { ended <- cmd.Wait(); close(ended) }(p.cmd, p.ended)
-}
-
-// kill ends the process without a warning.
-func (p *process) kill() {
-	_ = p.cmd.Process.Kill()
-	<-p.ended
+	p.child = webCommand(p.path, nil, p.env)
+	p.Stdout, p.Stderr = log, log
+	check(p.Start())
 }
 
 // listen takes a port of 127.0.0.1 until the test ends.
@@ -367,9 +384,9 @@ func freePort() string {
 
 // A redisServer is a Redis of a test's own, which it may kill, silence and bring back.
 type redisServer struct {
-	t         testing.TB
-	dir, port string
-	cmd       *exec.Cmd
+	child
+	t    testing.TB
+	port string
 }
 
 // startRedis takes a Redis from the stock and returns a configuration that uses it.
@@ -377,22 +394,20 @@ func startRedis(t testing.TB, cfg config) (*redisServer, config) {
 	t.Helper()
 	r := <-stock
 	r.t = t
-	t.Cleanup(r.kill)
+	t.Cleanup(func() { r.kill() })
 	r.awaitAnswer()
 	cfg.redisHost, cfg.redisPort = "127.0.0.1", r.port
 	return r, cfg
 }
 
-// launch starts it in its folder, and does not wait for it.
+// launch starts it, and does not wait for it.
 func (r *redisServer) launch() {
 	program, err := exec.LookPath("redis-server")
 	if err != nil {
 		program = "valkey-server"
 	}
-	r.cmd = exec.Command(program, "--port", r.port, "--bind", "127.0.0.1", "--dir", r.dir, "--save", "", "--dbfilename", r.port)
-	if err := r.cmd.Start(); err != nil {
-		panic(err)
-	}
+	r.child = newChild(program, "--port", r.port, "--bind", "127.0.0.1", "--dir", os.Getenv("TEST_DIR"), "--save", "", "--dbfilename", r.port)
+	check(r.Start())
 }
 
 // start starts it again.
@@ -405,38 +420,33 @@ func (r *redisServer) start() {
 func (r *redisServer) awaitAnswer() {
 	r.t.Helper()
 	eventually(r.t, "redis answers", func() bool {
-		conn, err := redis.Dial("tcp", "127.0.0.1:"+r.port)
-		if err != nil {
-			return false
-		}
-		defer conn.Close()
-		_, err = conn.Do("PING") // an error while it loads a snapshot
+		_, err := r.try("PING") // an error while it loads a snapshot
 		return err == nil
 	})
 }
 
-// dump is the file that SAVE writes.
-func (r *redisServer) dump() string { return filepath.Join(r.dir, r.port) }
-
-func (r *redisServer) kill() {
-	if r.cmd != nil {
-		_ = r.cmd.Process.Kill()
-		_ = r.cmd.Wait()
-		r.cmd = nil
+// save returns what kills the server and brings it back as it is now.
+func (r *redisServer) save() (bringBack func()) {
+	r.do("SAVE")
+	file := filepath.Join(os.Getenv("TEST_DIR"), r.port)
+	snapshot := must(os.ReadFile(file))
+	return func() {
+		r.kill()
+		check(os.WriteFile(file, snapshot, 0o600))
+		r.start()
 	}
 }
 
-func (r *redisServer) signal(sig syscall.Signal) {
-	r.t.Helper()
-	check(r.cmd.Process.Signal(sig))
-}
-
 // do runs a command on a connection that the service does not know.
-func (r *redisServer) do(command string, args ...any) any {
-	r.t.Helper()
-	conn := must(redis.Dial("tcp", "127.0.0.1:"+r.port))
+func (r *redisServer) do(command string, args ...any) any { return must(r.try(command, args...)) }
+
+func (r *redisServer) try(command string, args ...any) (any, error) {
+	conn, err := redis.Dial("tcp", "127.0.0.1:"+r.port)
+	if err != nil {
+		return nil, err
+	}
 	defer conn.Close()
-	return must(conn.Do(command, args...))
+	return conn.Do(command, args...)
 }
 
 // postgres runs lines of bash with the functions of scripts/lib.sh, to stop and start the PostgreSQL that check.sh has
@@ -458,31 +468,27 @@ const (
 // A proxy stands between the service and a server. It can let connections fall silent, which keeps what is sent until
 // they speak again, cut them, and lead new ones to another server.
 type proxy struct {
-	port   string
-	delay  func()      // what happens before anything is passed on
-	silent atomic.Bool // all connections, new ones, too
-
-	mu     sync.Mutex
-	target string // new connections lead there; "" refuses them
-	links  map[*link]bool
+	port  string
+	ctx   context.Context      // ends with the test
+	watch func(data []byte)    // sees what is passed on; it may take its time, and change it
+	line  atomic.Pointer[line] // of new connections
 }
 
-type link struct {
-	client, server net.Conn
-	silent         atomic.Bool
+// A line is what connections share that were accepted between two changes of a proxy.
+type line struct {
+	context.Context // its end closes them
+	cut             context.CancelFunc
+	target          string // where they lead; "" refuses them
+	silent          atomic.Bool
 }
 
-func startProxy(t testing.TB, target string, delay func()) *proxy {
+func startProxy(t testing.TB, target string, watch func(data []byte)) *proxy {
 	t.Helper()
 	l, port := listen(t)
-	x := &proxy{port: port, delay: delay, target: target, links: map[*link]bool{}}
-	t.Cleanup(func() { x.silent.Store(false); x.lead("") })
+	x := &proxy{port: port, ctx: t.Context(), watch: watch}
+	x.renew(target)
 	go func() {
-		for {
-			client, err := l.Accept()
-			if err != nil {
-				return
-			}
+		for client, err := l.Accept(); err == nil; client, err = l.Accept() {
 			go x.serve(client)
 		}
 	}()
@@ -490,35 +496,28 @@ func startProxy(t testing.TB, target string, delay func()) *proxy {
 }
 
 func (x *proxy) serve(client net.Conn) {
-	x.mu.Lock()
-	target := x.target
-	server, err := net.Dial("tcp", target) // fails without a target
+	defer client.Close()
+	li := x.line.Load()
+	server, err := net.Dial("tcp", li.target) // fails without a target
 	if err != nil {
-		x.mu.Unlock()
-		client.Close()
 		return
 	}
-	l := &link{client: client, server: server}
-	x.links[l] = true
-	x.mu.Unlock()
-	go x.pass(l, client, server)
-	x.pass(l, server, client)
-	x.mu.Lock()
-	delete(x.links, l)
-	x.mu.Unlock()
+	defer server.Close()
+	defer context.AfterFunc(li, func() { _, _ = client.Close(), server.Close() })()
+	go x.pass(li, server, client)
+	x.pass(li, client, server)
 }
 
 // pass carries bytes until one side has closed the connection, and then closes the other.
-func (x *proxy) pass(l *link, to, from net.Conn) {
+func (x *proxy) pass(li *line, to, from net.Conn) {
 	defer to.Close()
-	defer from.Close()
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := from.Read(buf)
-		if x.delay != nil {
-			x.delay()
+		if x.watch != nil {
+			x.watch(buf[:n])
 		}
-		for x.silent.Load() || l.silent.Load() {
+		for li.silent.Load() && li.Err() == nil {
 			time.Sleep(5 * time.Millisecond)
 		}
 		if _, failed := to.Write(buf[:n]); err != nil || failed != nil {
@@ -527,31 +526,17 @@ func (x *proxy) pass(l *link, to, from net.Conn) {
 	}
 }
 
-// lead closes the connections there are and leads new ones to a target, or refuses them when that is empty.
-func (x *proxy) lead(target string) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.target = target
-	for l := range x.links {
-		l.silent.Store(false)
-		_, _ = l.client.Close(), l.server.Close()
-	}
+// renew begins a line to a target, and returns that of the connections there are.
+func (x *proxy) renew(target string) (old *line) {
+	ctx, cut := context.WithCancel(x.ctx)
+	return x.line.Swap(&line{Context: ctx, cut: cut, target: target})
 }
 
-// cut closes the connections there are and refuses new ones until they are let through again.
-func (x *proxy) cut() (mend func()) {
-	x.mu.Lock()
-	target := x.target
-	x.mu.Unlock()
-	x.lead("")
-	return func() { x.lead(target) }
-}
+// lead closes the connections there are and leads new ones to a target, or refuses them when that is empty.
+func (x *proxy) lead(target string) { x.renew(target).cut() }
 
 // silence lets the connections that there are now fall silent, but not new ones.
-func (x *proxy) silence() {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	for l := range x.links {
-		l.silent.Store(true)
-	}
-}
+func (x *proxy) silence() { x.renew(x.line.Load().target).silent.Store(true) }
+
+// pause lets all connections fall silent, new ones, too, or lets them speak again.
+func (x *proxy) pause(silent bool) { x.line.Load().silent.Store(silent) }

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"database/sql"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"regexp"
@@ -13,63 +15,41 @@ import (
 // TestProducts goes through the life of a product, and through every endpoint that serves it.
 func TestProducts(t *testing.T) {
 	s := startAlone(t)
-	if got, want := s.wantSource(miss, "/products"), `{"count":0,"products":[]}`+"\n"; got != want {
-		t.Errorf("the empty list is %q", got)
-	}
+	equal(t, "the empty list", s.wantSource(miss, "/products"), `{"count":0,"products":[]}`+"\n")
 	a := s.want(201, "POST", "/products", `{"name":"  Café <1>  ","description":"d","price":99.9,"stock":100,"category":"livros"}`)
 	path := a.header.Get("Location")
-	if !strings.HasPrefix(a.body, `{"id":`+strings.TrimPrefix(path, "/products/")+",") {
-		t.Errorf("Location is %q of %s", path, a.body)
-	}
-	if !strings.Contains(a.body, `"name":"Café <1>","description":"d","price":99.90,"stock":100,"category":"livros"`) {
-		t.Errorf("created %s", a.body)
-	}
+	a.says(`{"id":` + strings.TrimPrefix(path, "/products/") + `,"name":"Café <1>","description":"d","price":99.90,"stock":100,"category":"livros"`)
 	// Each kind of write makes the next read of the list a miss, and the one after it a hit with the same bytes.
 	read := func(path string) string {
 		t.Helper()
 		body := s.wantSource(miss, path)
-		if again := s.wantSource(hit, path); again != body {
-			t.Errorf("a hit is %s, a miss was %s", again, body)
-		}
+		equal(t, "a hit", s.wantSource(hit, path), body)
 		return body
 	}
-	if body := read(path); body != a.body {
-		t.Errorf("read %s, created %s", body, a.body)
-	}
-	if body, want := read("/products"), `{"count":1,"products":[`+strings.TrimSpace(a.body)+"]}\n"; body != want {
-		t.Errorf("the list is %s, want %s", body, want)
-	}
-	changed := s.want(200, "PUT", path, `{"stock":0}`).body
-	if !strings.Contains(changed, `"name":"Café <1>","description":"d","price":99.90,"stock":0,"category":"livros"`) {
-		t.Errorf("changed to %s", changed)
-	}
-	if body := read(path); body != changed {
-		t.Errorf("read %s after the change to %s", body, changed)
-	}
+	equal(t, "what was created", read(path), a.body)
+	equal(t, "the list", read("/products"), `{"count":1,"products":[`+strings.TrimSpace(a.body)+"]}\n")
+	changed := s.want(200, "PUT", path, `{"stock":0}`)
+	changed.says(`"name":"Café <1>","description":"d","price":99.90,"stock":0,"category":"livros"`)
+	equal(t, "what was changed", read(path), changed.body)
 	read("/products")
-	if a := s.want(204, "DELETE", path, ""); a.body != "" {
-		t.Errorf("DELETE answered %q", a.body)
-	}
+	equal(t, "the answer to DELETE", s.want(204, "DELETE", path, "").body, "")
 	s.want(404, "GET", path, "")
 	s.want(404, "PUT", path, `{"stock":1}`)
 	s.want(404, "DELETE", path, "")
 	read("/products")
-	var cleared map[string]int
-	if err := json.Unmarshal([]byte(s.want(200, "DELETE", "/cache/clear", "").body), &cleared); err != nil || cleared["cleared"] != 1 {
-		t.Errorf("cleared %v, %v", cleared, err)
-	}
+	equal(t, "the clearing", s.want(200, "DELETE", "/cache/clear", "").body, `{"cleared":1}`+"\n")
 	s.wantSource(miss, "/products")
 }
 
 // TestRefusals sends what must be refused, and checks each time that nothing was changed.
 func TestRefusals(t *testing.T) {
 	s := startAlone(t)
-	path := pathOf(s.create(`{"name":"a","price":1}`))
+	path := s.create(`{"name":"a","price":1}`)
 	long := func(n int) string { return strings.Repeat("é", n) }
 	db := psql(t, s.cfg)
 	refuse := func(status int, method, path, body, says string, headers ...string) {
 		t.Run(fmt.Sprintf("%s %s %.60s", method, path, body), func(t *testing.T) {
-			before := rows(t, db)
+			before := rows(db)
 			a := (&testServer{server: s.server, t: t, url: s.url}).want(status, method, path, body, headers...)
 			if !strings.Contains(strings.ReplaceAll(a.body, `\"`, `"`), says) {
 				t.Errorf("the error does not say %q: %s", says, a.body)
@@ -77,49 +57,39 @@ func TestRefusals(t *testing.T) {
 			if status == 405 && a.header.Get("Allow") == "" {
 				t.Error("405 without Allow")
 			}
-			if after := rows(t, db); after != before {
-				t.Errorf("changed from %s to %s", before, after)
-			}
+			equal(t, "all rows", rows(db), before)
 		})
 	}
-	for _, c := range []struct {
-		status             int
-		method, path, body string
-		says               string
-	}{
-		{400, "POST", "/products", `{"name":"a","price":1`, "JSON"},
-		{400, "POST", "/products", `["a"]`, "object"},
-		{400, "POST", "/products", `null`, "object"},
-		{400, "POST", "/products", `{"name":"a","price":1} {}`, "JSON"},
-		{400, "POST", "/products", `{"name":"a","price":1,}`, "JSON"},
-		{400, "POST", "/products", `{"name":"a","price":1,"colour":"red"}`, "colour"},
-		{400, "POST", "/products", `{"Name":"a","price":1}`, "Name"},
-		{400, "POST", "/products", `{"name":1,"price":1}`, "name"},
-		{400, "POST", "/products", `{"name":"a","price":"1"}`, "price"},
-		{400, "POST", "/products", `{"name":"a","price":null}`, "price"},
-		{400, "PUT", path, `{"name":null}`, "name"},
-		{400, "POST", "/products", `{"name":"a","price":NaN}`, "JSON"},
-		{400, "POST", "/products", `{"name":"a\u0000","price":1}`, "NUL"},
-		{400, "POST", "/products", "{\"name\":\"a\x00\",\"price\":1}", "JSON"},
-		{400, "POST", "/products", "{\"name\":\"\xff\",\"price\":1}", "UTF-8"},
-		{400, "PUT", path, `{"category":"\u0000"}`, "NUL"},
-		{413, "POST", "/products", `{"name":"` + strings.Repeat("a", 1<<20) + `","price":1}`, "1 MiB"},
-		{422, "POST", "/products", `{}`, `"price":"is required"`},
-		{422, "PUT", path, `{}`, "no field"},
-		{422, "PUT", path, `{"name":" "}`, `"name":`},
-		{422, "PUT", path, `{"name":"` + long(201) + `"}`, `"name":`},
-		{422, "PUT", path, `{"stock":-1,"description":"` + long(2001) + `","category":"` + long(101) + `"}`, `{"category":"must have at most 100 characters","description":"must have at most 2000 characters","stock":`},
-		{404, "PUT", "/products/999999", `{"stock":1}`, "999999"},
-		{404, "GET", "/products/", "", "endpoint"},
-		{404, "GET", "/nothing", "", "endpoint"},
-		{405, "PATCH", path, "", "endpoint"},
-		{405, "POST", "/health", "", "endpoint"},
-		{400, "GET", "/products?colour=red", "", "colour"},
-		{400, "GET", "/products?category=a;b", "", "malformed"},
-		{400, "GET", "/products?%zz", "", "malformed"},
-	} {
-		refuse(c.status, c.method, c.path, c.body, c.says)
-	}
+	refuse(400, "POST", "/products", `{"name":"a","price":1`, "JSON")
+	refuse(400, "POST", "/products", `["a"]`, "object")
+	refuse(400, "POST", "/products", `null`, "object")
+	refuse(400, "POST", "/products", `{"name":"a","price":1} {}`, "JSON")
+	refuse(400, "POST", "/products", `{"name":"a","price":1,}`, "JSON")
+	refuse(400, "POST", "/products", `{"name":"a","price":1,"colour":"red"}`, "colour")
+	refuse(400, "POST", "/products", `{"Name":"a","price":1}`, "Name")
+	refuse(400, "POST", "/products", `{"name":1,"price":1}`, "name")
+	refuse(400, "POST", "/products", `{"name":"a","price":"1"}`, "price")
+	refuse(400, "POST", "/products", `{"name":"a","price":null}`, "price")
+	refuse(400, "PUT", path, `{"name":null}`, "name")
+	refuse(400, "POST", "/products", `{"name":"a","price":NaN}`, "JSON")
+	refuse(400, "POST", "/products", `{"name":"a\u0000","price":1}`, "NUL")
+	refuse(400, "POST", "/products", "{\"name\":\"a\x00\",\"price\":1}", "JSON")
+	refuse(400, "POST", "/products", "{\"name\":\"\xff\",\"price\":1}", "UTF-8")
+	refuse(400, "PUT", path, `{"category":"\u0000"}`, "NUL")
+	refuse(413, "POST", "/products", `{"name":"`+strings.Repeat("a", 1<<20)+`","price":1}`, "1 MiB")
+	refuse(422, "POST", "/products", `{}`, `"price":"is required"`)
+	refuse(422, "PUT", path, `{}`, "no field")
+	refuse(422, "PUT", path, `{"name":" "}`, `"name":`)
+	refuse(422, "PUT", path, `{"name":"`+long(201)+`"}`, `"name":`)
+	refuse(422, "PUT", path, `{"stock":-1,"description":"`+long(2001)+`","category":"`+long(101)+`"}`, `{"category":"must have at most 100 characters","description":"must have at most 2000 characters","stock":`)
+	refuse(404, "PUT", "/products/999999", `{"stock":1}`, "999999")
+	refuse(404, "GET", "/products/", "", "endpoint")
+	refuse(404, "GET", "/nothing", "", "endpoint")
+	refuse(405, "PATCH", path, "", "endpoint")
+	refuse(405, "POST", "/health", "", "endpoint")
+	refuse(400, "GET", "/products?colour=red", "", "colour")
+	refuse(400, "GET", "/products?category=a;b", "", "malformed")
+	refuse(400, "GET", "/products?%zz", "", "malformed")
 	for rule, prices := range map[string]string{
 		`"price":"must be a number from 0 to 99999999.99 with at most 2 decimals"`: `-0.01 0.001 100000000 1e2 1.500E+1 0.300 -0 1e400 ` + strings.Repeat("9", 1000),
 		`"stock":"must be a whole number from 0 to 2147483647"`:                    `-1 1.5 1.0 1e2 2147483648 9223372036854775808`,
@@ -146,45 +116,36 @@ func TestRefusals(t *testing.T) {
 	const faults = "/products?limit=0&after=x&category=%00&colour=red&size=1"
 	first := s.want(400, "GET", faults, "").body
 	for range 50 {
-		if body := s.want(400, "GET", faults, "").body; body != first {
-			t.Fatalf("%s after %s", body, first)
-		}
+		equal(t, "the same request again", s.want(400, "GET", faults, "").body, first)
 	}
 }
 
 // rows is all that PostgreSQL has, as text.
-func rows(t *testing.T, db *sql.DB) (text string) {
-	if err := db.QueryRow(`SELECT coalesce(string_agg(p::text, ' ' ORDER BY id), '') FROM products p`).Scan(&text); err != nil {
-		t.Error(err)
-	}
-	return text
+func rows(db *sql.DB) string {
+	return ask[string](db, `SELECT coalesce(string_agg(p::text, ' ' ORDER BY id), '') FROM products p`)
 }
 
 // TestAccepted sends what is unusual but right.
 func TestAccepted(t *testing.T) {
 	s := startAlone(t)
-	for _, c := range []struct{ body, want string }{
-		{`{"name":"a","price":0.10}`, `"price":0.10,`},
-		{`{"name":"a","price":99999999.99}`, `"price":99999999.99,`},
-		{`{"name":"a","price":0}`, `"price":0.00,`},
-		{`{"name":"a","price":12}`, `"price":12.00,`},
-		{`{"name":"a","price":12.5}`, `"price":12.50,`},
-		{`{"name":"a","name":"b","price":1}`, `"name":"b",`},
-		{`{"name":"\ud800","price":1}`, "\"name\":\"\uFFFD\","},
-		{`{"name":"a","price":1,"stock":2147483647}`, `"stock":2147483647,`},
-		{`{"name":"a","price":1}`, `"description":"","price":1.00,"stock":0,"category":"",`},
-		{`{"name":"\ud83d\ude00 \\ud800 ' \" $1 ; --","price":1}`, `"name":"😀 \\ud800 ' \" $1 ; --",`},
-		{`{"name":"` + strings.Repeat("é", 200) + `","price":1}`, `"name":"` + strings.Repeat("é", 200) + `",`},
-		{"\n {\"name\" : \"\uFFFD\", \"price\":1} \n", "\"name\":\"\uFFFD\","},
-	} {
-		a := s.want(201, "POST", "/products", c.body)
-		if !strings.Contains(a.body, c.want) {
-			t.Errorf("%s became %s", c.body, a.body)
-		}
-		if read := s.send("GET", a.header.Get("Location"), "").body; read != a.body {
-			t.Errorf("created %s, read %s", a.body, read)
-		}
+	accept := func(body, want string) {
+		t.Helper()
+		a := s.want(201, "POST", "/products", body)
+		a.says(want)
+		equal(t, "what was created", s.send("GET", a.header.Get("Location"), "").body, a.body)
 	}
+	accept(`{"name":"a","price":0.10}`, `"price":0.10,`)
+	accept(`{"name":"a","price":99999999.99}`, `"price":99999999.99,`)
+	accept(`{"name":"a","price":0}`, `"price":0.00,`)
+	accept(`{"name":"a","price":12}`, `"price":12.00,`)
+	accept(`{"name":"a","price":12.5}`, `"price":12.50,`)
+	accept(`{"name":"a","name":"b","price":1}`, `"name":"b",`)
+	accept(`{"name":"\ud800","price":1}`, "\"name\":\"\uFFFD\",")
+	accept(`{"name":"a","price":1,"stock":2147483647}`, `"stock":2147483647,`)
+	accept(`{"name":"a","price":1}`, `"description":"","price":1.00,"stock":0,"category":"",`)
+	accept(`{"name":"\ud83d\ude00 \\ud800 ' \" $1 ; --","price":1}`, `"name":"😀 \\ud800 ' \" $1 ; --",`)
+	accept(`{"name":"`+strings.Repeat("é", 200)+`","price":1}`, `"name":"`+strings.Repeat("é", 200)+`",`)
+	accept("\n {\"name\" : \"\uFFFD\", \"price\":1} \n", "\"name\":\"\uFFFD\",")
 	s.want(201, "POST", "/products", `{"name":"a","price":1}`, "Content-Type", "application/json; charset=utf-8")
 	s.want(201, "POST", "/products", `{"name":"a","price":1}`, "Sec-Fetch-Site", "same-origin")
 	s.want(200, "HEAD", "/products", "")
@@ -194,30 +155,17 @@ func TestAccepted(t *testing.T) {
 func TestPages(t *testing.T) {
 	s := startAlone(t)
 	mustExec(t, s.db, `INSERT INTO products (name, price, category) SELECT 'p' || n, n, CASE n % 2 WHEN 0 THEN 'a&b' ELSE '' END FROM generate_series(1, 25) n`)
-	for _, c := range []struct {
-		first string
-		want  []int // products a page
-	}{
-		{"/products?limit=10", []int{10, 10, 5}},
-		{"/products?limit=25", []int{25}},
-		{"/products?category=a%26b&limit=5", []int{5, 5, 2}},
-		{"/products?category=", []int{13}},
-		{"/products?category=none", []int{0}},
-		{"/products?after=20", []int{5}},
-	} {
-		last, path := int64(0), c.first
-		for i, want := range c.want {
-			var list struct {
-				Count    int
-				Products []product
-				Next     string
-			}
+	walk := func(path string, pages ...int) { // products a page
+		t.Helper()
+		last := int64(0)
+		for i, want := range pages {
 			a := s.want(200, "GET", path, "")
 			if a.source() != "" {
 				t.Errorf("%s says %s", path, a.source())
 			}
+			var list productList
 			check(json.Unmarshal([]byte(a.body), &list))
-			if list.Count != want || len(list.Products) != want || (list.Next == "") != (i == len(c.want)-1) {
+			if list.Count != want || len(list.Products) != want || (list.Next == "") != (i == len(pages)-1) {
 				t.Errorf("%s: count %d, %d products, next %q; want %d", path, list.Count, len(list.Products), list.Next, want)
 			}
 			for _, p := range list.Products {
@@ -229,6 +177,12 @@ func TestPages(t *testing.T) {
 			path = list.Next
 		}
 	}
+	walk("/products?limit=10", 10, 10, 5)
+	walk("/products?limit=25", 25)
+	walk("/products?category=a%26b&limit=5", 5, 5, 2)
+	walk("/products?category=", 13)
+	walk("/products?category=none", 0)
+	walk("/products?after=20", 5)
 }
 
 // TestStats counts what was asked.
@@ -239,17 +193,11 @@ func TestStats(t *testing.T) {
 	s.wantSource(miss, "/products")
 	s.wantSource(hit, "/products")
 	s.wantSource(hit, "/products")
-	body := s.want(200, "GET", "/stats", "").body
-	for _, want := range []string{
-		`"status":"connected","trusted":true,"hits":2,"misses":1,"bypasses":0,"hit_rate":0.667,"keys":1,"ttl_seconds":300,"memory_used":"`,
-		// The value is exact, where a float would have lost the cents.
-		`"products":2,"total_stock":2147483650,"inventory_value":214748364678525163.83,"products_per_category":{"x":1,"y":1}`,
-		fmt.Sprintf(`"max":%d,`, poolSize()),
-	} {
-		if !strings.Contains(body, want) {
-			t.Errorf("no %s in %s", want, body)
-		}
-	}
+	stats := s.want(200, "GET", "/stats", "")
+	stats.says(`"status":"connected","trusted":true,"hits":2,"misses":1,"bypasses":0,"hit_rate":0.667,"keys":1,"ttl_seconds":300,"memory_used":"`)
+	// The value is exact, where a float would have lost the cents.
+	stats.says(`"products":2,"total_stock":2147483650,"inventory_value":214748364678525163.83,"products_per_category":{"x":1,"y":1}`)
+	stats.says(fmt.Sprintf(`"max":%d,`, poolSize()))
 }
 
 // TestIndexAndServices checks what a newcomer sees first.
@@ -280,41 +228,15 @@ func FuzzDecode(f *testing.F) {
 		if err == nil {
 			err = in.check(true)
 		}
-		if err != nil {
-			if p, ok := err.(*problem); !ok || p.Status != http.StatusBadRequest && p.Status != http.StatusUnprocessableEntity {
-				t.Fatalf("%q: %v is not a problem", body, err)
-			}
+		if p, ok := errors.AsType[*problem](err); ok && (p.Status == http.StatusBadRequest || p.Status == http.StatusUnprocessableEntity) {
 			return
 		}
-		if !json.Valid(body) {
-			t.Fatalf("accepted %q", body)
-		}
 		var plain struct{ Name string }
-		if err := json.Unmarshal(body, &plain); err != nil || strings.TrimSpace(plain.Name) != *in["name"] || strings.Contains(plain.Name, "\x00") {
-			t.Fatalf("%q became %q, not %q: %v", body, *in["name"], plain.Name, err)
+		if err := cmp.Or(err, json.Unmarshal(body, &plain)); err != nil || strings.TrimSpace(plain.Name) != *in["name"] || strings.Contains(plain.Name, "\x00") {
+			t.Fatalf("%q became %q: %v", body, plain.Name, err)
 		}
 		if !regexp.MustCompile(`^\d{1,8}(\.\d{1,2})?$`).MatchString(*in["price"]) {
 			t.Fatalf("the price of %q became %s", body, *in["price"])
-		}
-	})
-}
-
-// FuzzQuery checks that what is accepted as an id or a page is what is written back.
-func FuzzQuery(f *testing.F) {
-	f.Add("category=a%26b&limit=5&after=12")
-	f.Add("9223372036854775807")
-	f.Fuzz(func(t *testing.T, text string) {
-		if id, ok := parseID(text); ok && fmt.Sprint(id) != text {
-			t.Fatalf("%q is the id %d", text, id)
-		}
-		p, err := parsePage(text)
-		if err != nil {
-			return
-		}
-		_, query, _ := strings.Cut(p.next(max(p.after, 1)), "?")
-		again, err := parsePage(query)
-		if err != nil || again.limit != p.limit || (again.category == nil) != (p.category == nil) || p.category != nil && *again.category != *p.category {
-			t.Fatalf("%q leads to %q: %v", text, query, err)
 		}
 	})
 }

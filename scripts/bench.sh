@@ -23,16 +23,11 @@ dir=$(mktemp -d) job=''
 chmod 711 "$dir" # PostgreSQL may run as another user
 
 clean_up() {
-  trap '' INT TERM
-  if [[ -n $job ]]; then
-    kill -TERM -- "-$job" 2>/dev/null || true
-    wait "$job" 2>/dev/null || true
-  fi
+  kill -TERM -- "-$job" 2>/dev/null || true # it may not run yet, or no longer
+  wait
   remove_servers "$dir"
 }
 trap clean_up EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
 
 private_servers "$dir"
 title "$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(go version | cut -d ' ' -f 3)"
