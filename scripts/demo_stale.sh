@@ -7,16 +7,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 attach
 
-id='' holder="demo_stale $$"
+id='' holder="demo_stale $$" # the session that holds the product's row for a moment
 # Also when the script is interrupted: no row is held, no key and no mark of ours is left, and the product is gone.
 restore() {
+  trap '' INT TERM
   set +e # one that fails does not keep the others from being tried
   let_go
+  wait # for a session that was only about to hold the row: it ends by itself
   delete_product
   redis_cli DEL "textbook:$id" "writers:products:$id"
   redis_cli ZREM writers:products:all hand
 } >/dev/null 2>&1
-trap restore EXIT
+let_go() { sql "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '$holder'" >/dev/null; }
+row_is_held() { is "$(sql "SELECT wait_event FROM pg_stat_activity WHERE application_name = '$holder'")" PgSleep; }
 
 # ---------------------------------------------------------------- a timeline in two columns
 
@@ -34,141 +37,121 @@ step() {
   if [[ -t 1 ]]; then sleep 1.5; fi
 }
 
-# at COLUMN redis COMMAND... | psql QUERY | api METHOD PATH: does it, shows it with the answer, and leaves that in $answer.
+# at COLUMN redis_cli|sql|api WORDS...: does it, shows it with the answer, and leaves that in $answer.
 at() {
-  local column=$1 tool=$2
-  shift 2
-  case $tool in
-  redis) answer=$(redis_cli "$@") ;;
-  psql) answer=$(sql "$1") answer=${answer:-done} ;;
-  api)
-    request "$@" >/dev/null
-    answer="$status $cache $(field price)"
-    ;;
-  esac
-  step "$column" "$*  ->  ${answer:-(nothing)}"
+  answer=$("${@:2}")
+  if is "$2" sql; then answer=${answer:-done}; fi
+  step "$1" "${*:3}  ->  ${answer:-(nothing)}"
+}
+api() {
+  request "$@" >/dev/null
+  echo "$status $cache $(field price)"
 }
 
-# side_by_side: what the two say in the end.
+# side_by_side OLD NEW: what the two say in the end.
 side_by_side() {
   in_redis=$(redis_cli GET "textbook:$id") seconds=$(redis_cli TTL "textbook:$id")
   in_postgres=$(sql "SELECT price FROM products WHERE id = $id")
   printf '\n      %s%-*s%s\n' "$bold" "$writer" "Redis says $in_redis" "PostgreSQL says $in_postgres$plain"
-  printf '      for %s seconds more\n' "$seconds"
+  say "    for $seconds seconds more"
+  claim 'Redis has the old price' is "$in_redis $in_postgres" "$1 $2"
+  claim 'and keeps it for about five minutes' test "$seconds" -gt 200
 }
 
-# keys: what Redis has under the service's own keys: a body, a reader's lease or nothing; and the marks of the writers
-# at work. The marks come first: where a mark is seen, the key was emptied before.
+# keys WHAT ANSWER: what Redis has under the service's own keys: the marks of the writers at work; and a body, a
+# reader's lease or nothing. It claims that the last step's answer and these two are as given: "answer; marks; held."
+# The marks are read first: where a mark is seen, the key was emptied before.
 keys() {
   marks=$(redis_cli ZRANGE "writers:products:$id" 0 -1) held=$(redis_cli GET "products:$id")
-  printf '      | ZRANGE writers:products:%s 0 -1  ->  %s\n' "$id" "${marks:-(nobody)}"
-  printf '      | GET products:%s  ->  %.64s\n' "$id" "${held:-(nothing)}"
+  say "    | ZRANGE writers:products:$id 0 -1  ->  ${marks:-(nobody)}"
+  say "    | GET products:$id  ->  $(printf '%.64s' "${held:-(nothing)}")"
+  claim "$1" has "$answer; $marks; $held." "$2"
 }
-
-# ---------------------------------------------------------------- a writer that waits to be looked at
-
-# hold_row: another session locks the product's row, so that the service's UPDATE waits for it.
-hold_row() {
-  sql "SET application_name = '$holder'; BEGIN; SELECT FROM products WHERE id = $id FOR UPDATE; SELECT pg_sleep(60)" \
-    >/dev/null 2>&1 &
-  wait_for 10 row_is_held
-}
-row_is_held() { is "$(sql "SELECT wait_event FROM pg_stat_activity WHERE application_name = '$holder'")" PgSleep; }
-let_go() { sql "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '$holder'" >/dev/null; }
-is_marked() { [[ -n $(redis_cli ZRANGE "writers:products:$id" 0 -1) ]]; }
 
 # ---------------------------------------------------------------- the demonstration
 
 title 'A product that costs 1.00'
 claim 'the cache is in use' wait_for 20 cache_in_use
-request POST /products '{"name":"Café","price":1.00,"category":"demo"}'
-claim 'it is created' is "$status" 201
-if ((failed)); then verdict; fi # which ends this script
+trap '' INT TERM # an interrupt just now would leave a product whose id nobody knows
+expect 'it is created' 201 POST /products '{"name":"Café","price":1.00,"category":"demo"}'
 id=$(field id)
+trap restore EXIT
+trap 'exit 130' INT TERM
+if ((failed)); then verdict; fi # which ends this script
 
 title '1. Cache-aside as everybody writes it, and a slow reader'
 say 'A reader takes the price from Redis, or else reads PostgreSQL and puts it there for 300 s.'
 say 'A writer changes PostgreSQL, then deletes the key. Each of them is right, until they meet:'
 timeline
-at $reader redis GET "textbook:$id"
-at $reader psql "SELECT price FROM products WHERE id = $id"
+at $reader redis_cli GET "textbook:$id"
+at $reader sql "SELECT price FROM products WHERE id = $id"
 price=$answer
-at $writer psql "UPDATE products SET price = 2.00 WHERE id = $id"
-at $writer redis DEL "textbook:$id"
-at $reader redis SET "textbook:$id" "$price" EX 300
-side_by_side
-claim 'Redis has the old price' is "$in_redis $in_postgres" '1.00 2.00'
-claim 'and keeps it for about five minutes' test "$seconds" -gt 200
+at $writer sql "UPDATE products SET price = 2.00 WHERE id = $id"
+at $writer redis_cli DEL "textbook:$id"
+at $reader redis_cli SET "textbook:$id" "$price" EX 300
+side_by_side 1.00 2.00
 
 title '2. The same, and a writer that dies between COMMIT and DEL'
 timeline
-at $reader redis SET "textbook:$id" 2.00 EX 300
-at $writer psql "UPDATE products SET price = 3.00 WHERE id = $id"
+at $reader redis_cli SET "textbook:$id" 2.00 EX 300
+at $writer sql "UPDATE products SET price = 3.00 WHERE id = $id"
 step $writer 'nothing more: it is dead'
-at $reader redis GET "textbook:$id"
-side_by_side
-claim 'Redis has the old price again' is "$in_redis $in_postgres" '2.00 3.00'
+at $reader redis_cli GET "textbook:$id"
+side_by_side 2.00 3.00
 
 title '3. The service, and the slow reader'
 say 'A reader takes a lease on the empty key, and may fill it only if the lease is still there. A writer'
 say 'leaves its mark and deletes the key, lease and all, before it changes PostgreSQL and again after it.'
-say 'The reader is played by hand, with the commands of cache.go; its lease lasts 60 s and not 5, for you'
-say 'to read. The writer is the service; another session holds the row, so that it has to wait a moment.'
-lease=(SET "products:$id" lease:hand NX GET EX 60)
+say 'The reader is played by hand, as in cache.go; its lease lasts 60 s and not 5, for you to read. The'
+say 'writer is the service; another session holds the row, so that it has to wait a moment.'
 fill_by_hand() { # as the script in cache.go: under the reader's own lease, and while no writer is at work
   answer=$(redis_cli EVAL "if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 1 then
     return 'refused' end return redis.call('SET', KEYS[1], ARGV[2], 'EX', 300)" \
     2 "products:$id" "writers:products:$id" lease:hand "$1")
   step $reader "fill products:$id if it holds lease:hand and nobody writes  ->  $answer"
 }
-request DELETE /cache/clear >/dev/null
-hold_row
+is_marked() { [[ -n $(redis_cli ZRANGE "writers:products:$id" 0 -1) ]]; }
 timeline
-at $reader redis "${lease[@]}"
-at $reader psql "SELECT price FROM products WHERE id = $id"
-price=$answer
-keys
-claim 'the reader has its lease, and the old price' is "$held $price" 'lease:hand 3.00'
+at $reader redis_cli SET "products:$id" lease:hand NX GET EX 60
+at $reader sql "SELECT price FROM products WHERE id = $id"
+keys 'the reader has its lease, and the old price' '3.00; ; lease:hand.'
 step $writer "PUT /products/$id {\"price\":4.00}"
-exec 3< <(request PUT "/products/$id" '{"price":4.00}' >/dev/null && echo "$status $(field price)")
+sql "SET application_name = '$holder'; BEGIN; SELECT FROM products WHERE id = $id FOR UPDATE; SELECT pg_sleep(10)" \
+  >/dev/null 2>&1 &
+claim 'the row is held' wait_for 10 row_is_held
+exec 3< <(api PUT "/products/$id" '{"price":4.00}')
 claim 'the writer is at work: it has left its mark' wait_for 5 is_marked
-keys
+keys 'and the lease is gone' '; .'
 let_go
-claim 'and the lease is gone' is "$held" ''
 read -r answer <&3
 step $writer "->  $answer"
-keys
-claim 'when the writer is answered, its mark is gone' is "$answer $marks" '200 4.00 '
-fill_by_hand "$price"
+keys 'when the writer is answered, its mark is gone' '200  4.00; ; .'
+fill_by_hand 3.00
 claim 'the fill with the old price is refused' is "$answer" refused
 say 'Once more, while nobody writes. The service, too, is a reader that finds a lease and does not fill:'
-at $reader redis "${lease[@]}"
+at $reader redis_cli SET "products:$id" lease:hand NX GET EX 60
 at $reader api GET "/products/$id"
 claim 'who asks now gets the new price' is "$answer" '200 redis; fwd=miss 4.00'
-fill_by_hand "$body"
+fill_by_hand "$(curl -sS "$url/products/$id")"
 at $reader api GET "/products/$id"
 claim 'this fill was taken, and is a hit' is "$answer" '200 redis; hit 4.00'
 
 title '4. The service, and the writer that dies between COMMIT and DEL'
 say 'The writer is played by hand, under the name of the service, so that no trigger tells of its change.'
-now=$(redis_cli TIME)
-expires=$((${now%%$'\n'*} + 12)) # a mark lasts 12 s by the clock of Redis
-redis_cli ZADD writers:products:all "$expires" hand >/dev/null # a writer does the same for the list
-redis_cli DEL products:all >/dev/null
+expires=$(redis_cli EVAL "return redis.call('TIME')[1] + 12" 0) # a mark lasts 12 s by the clock of Redis
 timeline
-at $writer redis ZADD "writers:products:$id" "$expires" hand
-at $writer redis DEL "products:$id"
-at $writer psql "SET application_name = 'desafio3'; UPDATE products SET price = 5.00 WHERE id = $id"
+at $writer redis_cli ZADD "writers:products:$id" "$expires" hand
+at $writer redis_cli ZADD writers:products:all "$expires" hand
+at $writer redis_cli DEL "products:$id" products:all
+at $writer sql "SET application_name = 'desafio3'; UPDATE products SET price = 5.00 WHERE id = $id"
 step $writer 'nothing more: it is dead'
 at $reader api GET "/products/$id"
 claim 'a reader gets the new price, from PostgreSQL' is "$answer" '200 redis; fwd=miss 5.00'
-keys
-claim 'and has not filled the key, for the mark' is "$held $marks" ' hand'
+keys 'and has not filled the key, for the mark' '; hand; .'
 say 'The mark ends by itself, 12 s after it was left ...'
-filled() { request GET "/products/$id" >/dev/null && is "$cache" 'redis; hit'; }
+filled() { has "$(api GET "/products/$id")" 'redis; hit'; }
 claim 'then a reader fills the key' wait_for 20 filled
 at $reader api GET "/products/$id"
-keys
-claim 'with the new price, and the mark is gone' is "$answer $marks" '200 redis; hit 5.00 '
+keys 'with the new price, and the mark is gone' '200 redis; hit 5.00; ; {'
 
 verdict

@@ -7,7 +7,11 @@
 # COMPOSE_PROJECT_NAME and DESAFIO3_STATE give a second stack names and a folder of its own.
 project=${COMPOSE_PROJECT_NAME:-desafio3}
 state=${DESAFIO3_STATE:-$PWD/.local} # data, logs and pids of the stack without Docker
-marker=made-by-desafio3 # the file in it that says so: clean.sh removes no other folder
+marker=$state/made-by-desafio3 # the file that says so: clean.sh removes no folder without it
+
+# An interrupt ends the script, also where the program that it meets (docker, for one) takes it and ends as if
+# nothing had happened. The script's own trap for EXIT cleans up then, and a second interrupt does not stop that.
+trap 'trap "" INT; exit 130' INT
 
 # ---------------------------------------------------------------- words
 
@@ -68,23 +72,24 @@ has() { [[ $1 == *"$2"* ]]; }
 # claim WHAT COMMAND...: checks what a demonstration says. After the last claim comes verdict.
 passed=0 failed=0
 claim() {
-  local what=$1
-  shift
-  if "$@"; then
+  if "${@:2}"; then
     passed=$((passed + 1))
-    say "${green}ok$plain    $what"
-    return 0
+    say "${green}ok$plain    $1"
+  else
+    failed=$((failed + 1))
+    say "${red}FAIL$plain  $1"
+    printf '        checked: %.400s\n        the last answer: %s %.400s\n' "${*:2}" "${status:-}" "${body:-}"
   fi
-  failed=$((failed + 1))
-  say "${red}FAIL$plain  $what"
-  printf '        checked: %s\n        the last answer: %s %.400s\n' "$*" "${status:-}" "${body:-}"
 }
 
-# expect WHAT ANSWER METHOD PATH [JSON]: sends a request, and claims how its answer begins: "200" or "200 redis; hit".
+# expect WHAT ANSWER METHOD PATH [JSON]: sends a request, and claims how status, Cache-Status and body of its answer
+# begin: "200" or "200 redis; hit" or, as "*" stands for anything, '200 *"price":2.00'.
 expect() {
   request "${@:3}"
-  claim "$1" has "^$status $cache" "^$2"
+  claim "$1" like "$2*" "$status $cache $body"
 }
+# shellcheck disable=SC2053 # a pattern
+like() { [[ $2 == $1 ]]; }
 
 verdict() {
   printf '\n%d passed, %d failed\n' "$passed" "$failed"
@@ -96,12 +101,12 @@ verdict() {
 # Debian keeps PostgreSQL's servers off the PATH, and Homebrew its versions.
 find_postgres() {
   local folder
-  have postgres && return 0 # in a trap a bare "return" would give the status of what was interrupted
   for folder in /usr/lib/postgresql/*/bin /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin; do
-    if [[ -x $folder/postgres ]]; then PATH=$folder:$PATH; fi # of several, the last: the newest
+    have postgres || PATH+=:$folder
   done
   have postgres
 }
+find_postgres || true
 
 redis_server() { command -v redis-server || command -v valkey-server; }
 
@@ -133,12 +138,10 @@ apt_install() (
   exec 9</usr/bin/apt-get && flock 9 || exit 1 # one at a time: apt's own lock fails instead of waiting
   policy=/usr/sbin/policy-rc.d clusters=/etc/postgresql-common/createcluster.d/desafio3.conf ours=$clusters
   trap 'rm -f $ours' EXIT
-  mkdir -p "${clusters%/*}"
-  echo 'create_main_cluster = false' >"$clusters"
+  install -D /dev/stdin "$clusters" <<<'create_main_cluster = false'
   if [[ ! -e $policy ]]; then
     ours+=" $policy"
-    printf '#!/bin/sh\nexit 101\n' >"$policy"
-    chmod +x "$policy"
+    install /dev/stdin "$policy" <<<$'#!/bin/sh\nexit 101'
   fi
   export DEBIAN_FRONTEND=noninteractive
   # shellcheck disable=SC2086 # a list of names
@@ -152,10 +155,6 @@ need_servers() {
   need curl ps postgres redis || return 1
   if ! [[ $("$(redis_server)" --version) =~ v=([0-9]+) ]] || ((BASH_REMATCH[1] < 7)); then # "Redis server v=7.0.15 sha=..."
     echo "Redis 7.0 or newer is needed, or Valkey: $(redis_server) is older" >&2
-    return 1
-  fi
-  if ((EUID == 0)) && ! { id postgres && have runuser; } >/dev/null 2>&1; then
-    echo "PostgreSQL does not run as root, and there is no user 'postgres' to run it as: use another account" >&2
     return 1
   fi
 }
@@ -180,8 +179,8 @@ as_postgres() {
 # in DIR, makes the cluster and its database first where there is none, and returns when it answers. One that
 # runs is left alone. POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB count when the cluster is made.
 start_postgres() {
-  local dir port=$2 home new
-  find_postgres && mkdir -p "$1" && dir=$(cd "$1" && pwd) || return 1
+  local dir port=$2 home
+  mkdir -p "$1" && dir=$(cd "$1" && pwd) || return 1
   shift 2
   home=$dir/postgres
   if ((EUID == 0)) && [[ ! -e $home ]] && ! as_postgres test -x "$dir"; then
@@ -196,26 +195,23 @@ start_postgres() {
     if [[ ! -e $home/data ]]; then
       # Made under another name, so that a cluster called "data" is always a whole one. initdb reads the
       # password from a file, which here is a pipe that its own user opens.
-      new=$home/new
-      rm -rf "$new"
+      rm -rf "$home/new"
       # shellcheck disable=SC2016 # the inner shell's words
-      as_postgres bash -c 'initdb --pwfile=<(cat) "$@"' initdb -D "$new" -U "${POSTGRES_USER:-postgres}" \
+      as_postgres bash -c 'initdb --pwfile=<(cat) "$@"' initdb -D "$home/new" -U "${POSTGRES_USER:-postgres}" \
         -E UTF8 --no-locale -A scram-sha-256 <<<"${POSTGRES_PASSWORD:-postgres123}" &&
-        as_postgres postgres --single -D "$new" postgres <<<"CREATE DATABASE \"${POSTGRES_DB:-products_db}\"" &&
-        mv "$new" "$home/data"
+        as_postgres postgres --single -D "$home/new" postgres <<<"CREATE DATABASE \"${POSTGRES_DB:-products_db}\"" &&
+        mv "$home/new" "$home/data"
     fi &&
-      as_postgres pg_ctl -D "$home/data" -w -t 120 start </dev/null -o "$(printf '%q ' -c listen_addresses=127.0.0.1 \
-        -c "port=$port" -c unix_socket_directories= "$@")"
+      as_postgres pg_ctl -D "$home/data" -t 120 start </dev/null \
+        -o "-c listen_addresses=127.0.0.1 -c port=$port -c unix_socket_directories= $*"
   } >>"$dir/postgres.log" 2>&1 || { tail -n 20 "$dir/postgres.log" >&2; return 1; }
 }
 
 # stop_postgres DIR [fast|immediate]: "immediate" is a crash, as PostgreSQL sees it.
 stop_postgres() {
-  [[ -e $1/postgres/data/postmaster.pid ]] || return 0
   local data
-  find_postgres && data=$(cd -P "$1/postgres/data" && pwd) || return 1
-  as_postgres pg_ctl -D "$data" -m "${2:-fast}" -w -t 180 stop >/dev/null 2>&1 ||
-    ! as_postgres pg_ctl -D "$data" status >/dev/null 2>&1
+  data=$(cd -P "$1/postgres/data" 2>/dev/null && pwd) || return 0 # it was never started
+  { as_postgres pg_ctl -D "$data" -m "${2:-fast}" -t 180 stop || ! as_postgres pg_ctl -D "$data" status; } >/dev/null 2>&1
 }
 
 # erase DIR: removes it, and the data that start_postgres may have put elsewhere. Stop the servers first.
@@ -224,15 +220,14 @@ erase() {
   rm -rf "$1"
 }
 
-# start_redis DIR PORT [ARGUMENT...]: the same for Redis, with the settings of docker-compose.yml.
+# start_redis DIR PORT: the same for Redis, with the settings of docker-compose.yml.
 start_redis() {
   local dir port=$2
   mkdir -p "$1/redis" && dir=$(cd "$1" && pwd) || return 1
-  shift 2
   if alive "$dir/redis.pid" "-server 127.0.0.1:$port"; then return 0; fi
   { "$(redis_server)" --bind 127.0.0.1 --port "$port" --dir "$dir/redis" --save '60 1' \
     --maxmemory 64mb --maxmemory-policy volatile-lru --requirepass "${REDIS_PASSWORD:-}" \
-    --daemonize yes --pidfile "$dir/redis.pid" --logfile "$dir/redis.log" "$@" >/dev/null &&
+    --daemonize yes --pidfile "$dir/redis.pid" --logfile "$dir/redis.log" >/dev/null &&
     wait_for 60 redis_answers "$port"; } || { tail -n 20 "$dir/redis.log" >&2; return 1; }
 }
 
@@ -273,8 +268,8 @@ ended() { ! alive "$@"; }
 # end_process PIDFILE NAME SECONDS: asks it to end, and after so many seconds makes it.
 end_process() {
   local pid
-  pid=$(cat "$1" 2>/dev/null) || return 0
   if alive "$1" "$2"; then
+    pid=$(<"$1")
     kill -CONT "$pid" && kill -TERM "$pid"
     wait_for "$3" ended "$1" "$2" || kill -KILL "$pid"
     wait_for 10 ended "$1" "$2" || return 1
@@ -284,46 +279,49 @@ end_process() {
 
 # ---------------------------------------------------------------- the stack, with Docker or without
 
-# base_images: the images that Dockerfile and docker-compose.yml begin with.
-base_images() {
-  sed -nE 's/^(FROM| *image:) +([^ $]+:[^ ]+).*/\2/p' Dockerfile docker-compose.yml
-}
-
-# why_not_docker: prints what is missing for Docker, or nothing when all is there.
+# why_not_docker: prints what is missing for Docker, or nothing when all is there. Compose has --wait-timeout since 2.17.
 why_not_docker() {
-  local image
   have docker || { echo 'there is no docker command'; return; }
   docker info >/dev/null 2>&1 || { echo 'no Docker engine answers'; return; }
-  [[ $(docker compose version --short 2>/dev/null) =~ ^v?([2-9]|[1-9][0-9]) ]] || { echo 'Docker Compose v2 is missing'; return; }
-  for image in $(base_images); do
+  has "$(docker compose up --help 2>&1)" --wait-timeout || { echo 'Docker Compose 2.17 or newer is missing'; return; }
+  sed -nE 's/^(FROM| *image:) +([^ $]+:[^ ]+).*/\2/p' Dockerfile docker-compose.yml | while read -r image; do
     docker image inspect "$image" >/dev/null 2>&1 || docker pull "$image" >&2 ||
       { echo "the image $image is not here and could not be downloaded"; return; }
   done
 }
 
-# project_label: filters Docker's lists down to this project's.
+# project_label: filters Docker's lists down to this project's. folder_label: where Compose notes the project's folder.
 project_label="label=com.docker.compose.project=$project"
+folder_label=com.docker.compose.project.working_dir
 
 # running_mode: prints "local" or "docker", whichever stack is there; DESAFIO3_MODE decides if it is set.
 running_mode() {
-  local containers='' env=''
+  local containers
   if [[ -n ${DESAFIO3_MODE:-} ]]; then echo "$DESAFIO3_MODE"; return 0; fi
-  if have docker; then containers=$(docker ps -a -f "$project_label" --format '{{.State}}' 2>/dev/null) || true; fi
-  if [[ -e $state/$marker && -e $state/env ]]; then env=yes; fi # it is there from start to stop
-  if [[ -n $env ]] && has "$containers" running; then
-    say 'Two stacks run: this is about the one without Docker. DESAFIO3_MODE=docker is for the other one.' >&2
+  containers=$(docker ps -a -f "$project_label" --format '{{.State}}' 2>/dev/null || true)
+  if [[ -e $marker && -e $state/env ]]; then # it is there from start to stop
+    if has "$containers" running; then
+      say 'Two stacks run: this is about the one without Docker. DESAFIO3_MODE=docker is for the other one.' >&2
+    fi
+    echo local
+  elif [[ -n $containers ]]; then
+    echo docker
+  else
+    return 1
   fi
-  if [[ -n $env ]]; then echo local; elif [[ -n $containers ]]; then echo docker; else return 1; fi
 }
 
-# own_stack: refuses to go on where the containers with our names were made from another folder, say another
-# clone. Compose notes the folder in a label.
+# own_stack: refuses to go on where containers or volumes with our names were made from another folder, say another
+# clone. Compose notes the folder on containers, and start.sh on volumes. A folder that is gone owns nothing.
 own_stack() {
   local folder
   while read -r folder; do
-    [[ $folder -ef $PWD ]] || die "the stack $project belongs to $folder. Work there, or give this one a name of its own:
+    [[ ! -e $folder || $folder -ef $PWD ]] || die "the stack $project belongs to $folder. Work there, or give this one a name of its own:
   COMPOSE_PROJECT_NAME=$project-2 WEB_PORT=8001 POSTGRES_PORT=5433 REDIS_PORT=6380 $0"
-  done < <(docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.project.working_dir"}}' | sort -u)
+  done < <(
+    docker ps -a -f "$project_label" --format "{{.Label \"$folder_label\"}}"
+    docker volume ls -f "$project_label" --format "{{.Label \"$folder_label\"}}"
+  )
 }
 
 # attach: finds the stack that runs, and sets $mode and $url for the functions below and for request.
@@ -331,18 +329,15 @@ attach() {
   local not_running='the stack is not running: start it with ./scripts/start.sh'
   mode=$(running_mode) || die "$not_running"
   if is "$mode" local; then
-    [[ -e $state/env ]] || die "$not_running"
-    find_postgres || true # for psql
     # shellcheck source=/dev/null
-    source "$state/env" # its ports and passwords
+    source "$state/env" 2>/dev/null || die "$not_running" # its ports and passwords
     alive "$state/web.pid" "$state/web" || die 'the service has ended: ./scripts/logs.sh web says why, ./scripts/start.sh starts it'
-    url=http://${BIND_ADDRESS/#0.0.0.0/127.0.0.1}:$WEB_PORT
+    url=$BIND_ADDRESS:$WEB_PORT
   else
     own_stack
-    url=$(docker port "$project-web" 8000 2>/dev/null | head -n 1) || true
-    [[ -n $url ]] || die "$not_running"
-    url=http://${url/#0.0.0.0/127.0.0.1}
+    url=$(docker port "$project-web" 8000 2>/dev/null | head -n 1) || die "$not_running"
   fi
+  url=http://${url/#0.0.0.0/127.0.0.1}
 }
 
 # delete_product: deletes the product $id that a script has made, if it has not done so itself.
@@ -351,7 +346,7 @@ delete_product() { if [[ -n $id ]]; then request DELETE "/products/$id" >/dev/nu
 # stop_local: ends the stack without Docker and keeps its data. It leaves a folder alone that start.sh has not made.
 stop_local() {
   [[ -e $state ]] || return 0
-  [[ -e $state/$marker ]] || die "$state lacks the file $marker, which start.sh leaves in a folder that it makes: it is left alone"
+  [[ -e $marker ]] || die "$state lacks the file ${marker##*/}, which start.sh leaves in a folder that it makes: it is left alone"
   { end_process "$state/web.pid" "$state/web" 15 && stop_redis "$state" && stop_postgres "$state"; } ||
     die "something in $state did not stop"
   rm -f "$state/env"
@@ -359,14 +354,10 @@ stop_local() {
 
 # show_stack: which of its parts run. In the list of processes the status T is a paused one.
 show_stack() {
-  local file pids=''
   if is "$mode" docker; then
-    docker compose ps --all --format 'table {{.Name}}\t{{.Status}}\t{{.Ports}}'
+    docker ps -a -f "$project_label" --format 'table {{.Names}}\t{{.Status}}\t{{.Ports}}'
   else
-    for file in "$state"/{postgres/data/postmaster,redis,web}.pid; do
-      if [[ -e $file ]]; then pids+=,$(head -n 1 "$file"); fi
-    done
-    ps -o pid,stat,etime,args -p "${pids#,}" | cut -c -100
+    ps -o pid,stat,etime,args -p "$(grep -hsm 1 . "$state"/{postgres/data/postmaster,redis,web}.pid | paste -sd , -)" | cut -c -100
   fi | sed 's/^/  /'
 }
 
@@ -395,17 +386,15 @@ redis_cli() {
 control() {
   if is "$mode" docker; then
     say "\$ docker $1 $project-$2"
-    docker "$1" "$project-$2" >/dev/null || return 1
-    return 0
+    docker "$1" "$project-$2" >/dev/null
+  else
+    say "$1 $2"
+    case "$1 $2" in
+    'start postgres') start_postgres "$state" "$POSTGRES_PORT" ;;
+    'start redis') start_redis "$state" "$REDIS_PORT" ;;
+    'pause redis') kill -STOP "$(<"$state/redis.pid")" ;;
+    'unpause redis') kill -CONT "$(<"$state/redis.pid")" ;;
+    *) "stop_$2" "$state" ;;
+    esac
   fi
-  say "$1 $2"
-  case "$1 $2" in
-  'stop postgres') stop_postgres "$state" ;;
-  'start postgres') start_postgres "$state" "$POSTGRES_PORT" ;;
-  'stop redis') stop_redis "$state" ;;
-  'start redis') start_redis "$state" "$REDIS_PORT" ;;
-  'pause redis') kill -STOP "$(<"$state/redis.pid")" ;;
-  'unpause redis') kill -CONT "$(<"$state/redis.pid")" ;;
-  *) die "cannot $1 $2 here" ;;
-  esac
 }

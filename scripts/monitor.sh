@@ -12,24 +12,21 @@ attach
 # ask PATH: leaves the answer in $body, and nothing where there is none. While a server is silent it takes 2 s.
 ask() { body=$(curl -s -m 3 "$url$1") || body=''; }
 
-# look: asks for everything that is shown. Without an answer the figures are empty, and the counts stay as they were.
+# look: asks for everything that is shown. Without an answer the figures are dashes, and the counts stay as they were.
 look() {
-  time=$(date +%T) web='no answer' postgres='?' redis='?' keys='' memory='' products='' rate=''
+  time=$(date +%T) web='no answer' postgres='?' redis='?' figures='hit rate -  keys -  memory -  products -'
   ask /services
-  local services=$body
-  if has "$services" '"web"'; then
-    web=running
-    body=${services#*\"postgres\":} postgres=$(field status)
-    body=${services#*\"redis\":} redis=$(field status)
+  if [[ $body =~ \"postgres\":\{\"status\":\"([a-z]*)\".*\"redis\":\{\"status\":\"([a-z]*)\" ]]; then
+    web=running postgres=${BASH_REMATCH[1]} redis=${BASH_REMATCH[2]}
   fi
   ask /stats
   if has "$body" '"hits"'; then
     now=("$(field hits)" "$(field misses)" "$(field bypasses)")
-    keys=$(field keys) keys=${keys/null/} memory=$(field memory_used) products=$(field products)
-    rate=$(awk -v rate="$(field hit_rate)" 'BEGIN { printf "%d%%", 100 * rate }')
+    figures=$(awk -v rate="$(field hit_rate)" 'BEGIN { printf "hit rate %d%%", 100 * rate }')
+    figures+="  keys $(field keys | sed s/null/-/)  memory $(field memory_used)  products $(field products)"
     if is "$redis" connected && has "$body" '"trusted":false'; then redis='connected, not yet in use'; fi
   elif [[ -n $body ]]; then
-    web="$(field detail)" # what the service says when PostgreSQL is away
+    web=$(field detail) # what the service says when PostgreSQL is away
   fi
 }
 
@@ -38,39 +35,33 @@ since_before() {
   local i
   peak=$((peak > 11 ? peak * 9 / 10 : 10)) # forgotten after some seconds
   for i in 0 1 2; do
-    new[i]=$((now[i] - before[i]))
-    if ((new[i] < 0)); then new[i]=${now[i]}; fi
-    if ((new[i] > peak)); then peak=${new[i]}; fi
+    new[i]=$((now[i] < before[i] ? now[i] : now[i] - before[i]))
+    peak=$((new[i] > peak ? new[i] : peak))
   done
   before=("${now[@]}")
 }
 
 line() {
-  printf '%s  web: %s  postgres: %s  redis: %s  hits %d  misses %d  bypasses %d  rate %s  keys %s  memory %s  products %s\n' \
-    "$time" "$web" "$postgres" "$redis" "${new[@]}" "${rate:--}" "${keys:--}" "${memory:--}" "${products:--}"
+  printf '%s  web: %s  postgres: %s  redis: %s  hits %d  misses %d  bypasses %d  %s\n' \
+    "$time" "$web" "$postgres" "$redis" "${new[@]}" "$figures"
 }
 
 # draw: the same as a picture. Each line ends by erasing what was to its right, and the last what was below.
 draw() {
-  local size end=$'\e[K\n'
-  size=$(stty size </dev/tty 2>/dev/null) || size='24 80'
-  width=$((${size#* } - 24))
-  printf '\e[H%s%s   %s%s%s%s' "$bold" "$project" "$time" "$plain" "$end" "$end"
-  service web "$web"
-  service postgres "$postgres"
-  service redis "$redis"
-  printf '%s' "$end"
+  local name colour width
+  printf '\e[H%s%s   %s%s\e[K\n\e[K\n' "$bold" "$project" "$time" "$plain"
+  for name in web postgres redis; do
+    if [[ ${!name} =~ ^(running|connected)$ ]]; then colour=$green; else colour=$red; fi
+    printf '  %-10s%s%s%s\e[K\n' "$name" "$colour" "${!name}" "$plain"
+  done
+  printf '\e[K\n'
+  width=$(($(tput cols) - 24)) # of the longest bar of the last seconds
   bar hits "${new[0]}" "$green"
   bar misses "${new[1]}" "$red"
   bar bypasses "${new[2]}" "$bold"
-  printf '%s  hit rate %s   keys %s   memory %s   products %s\e[K\e[J' "$end" "${rate:--}" "${keys:--}" "${memory:--}" "${products:--}"
+  printf '\e[K\n  %s\e[K\e[J' "$figures"
 }
-service() {
-  local colour=$red
-  if [[ $2 == running || $2 == connected ]]; then colour=$green; fi
-  printf '  %-10s%s%s%s\e[K\n' "$1" "$colour" "$2" "$plain"
-}
-bar() { # the longest of the last seconds is as wide as the terminal
+bar() {
   local blocks=''
   if ((width > 0)); then printf -v blocks '%*s' $(($2 * width / peak)) ''; fi
   printf '  %-10s%s%s%s %d\e[K\n' "$1" "$3" "${blocks// /█}" "$plain" "$2"
@@ -89,10 +80,8 @@ trap 'exit 0' INT TERM HUP
 new=() now=(0 0 0) before=(0 0 0) peak=10
 look
 before=("${now[@]}")
-sleep 1 &
 for ((second = 1; second <= ${1:-999999999}; second++)); do
-  wait $!
-  sleep 1 & # while it looks
+  sleep 1
   look
   since_before
   $show

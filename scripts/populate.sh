@@ -10,11 +10,11 @@ attach
 add() {
   if has "$catalogue" "\"name\":\"$1\""; then
     say "already there: $1"
-    return
+  else
+    request POST /products "{\"name\":\"$1\",\"description\":\"$2\",\"price\":$3,\"stock\":$4,\"category\":\"$5\"}" >/dev/null
+    is "$status" 201 || die "could not create \"$1\": $body"
+    say "created: $1 (id $(field id))"
   fi
-  request POST /products "{\"name\":\"$1\",\"description\":\"$2\",\"price\":$3,\"stock\":$4,\"category\":\"$5\"}" >/dev/null
-  is "$status" 201 || die "could not create \"$1\": $body"
-  say "created: $1 (id $(field id))"
 }
 
 title 'Products'

@@ -5,7 +5,7 @@
 #   WEB_PORT=9000 ./scripts/start.sh              # another port for the service
 #   DESAFIO3_MODE=local ./scripts/start.sh        # without Docker, even where there is one ("docker": with it)
 #
-# With Docker where an engine with Compose v2 answers and the images can be had; otherwise the same three
+# With Docker where an engine with Compose answers and the images can be had; otherwise the same three
 # processes run straight on the machine, with their data, logs and ports in .local. The other variables
 # are in docker-compose.yml.
 set -euo pipefail
@@ -17,14 +17,8 @@ if [[ -n ${PORT:-} ]]; then export WEB_PORT=${WEB_PORT:-$PORT}; fi
 DESAFIO3_VERSION=${DESAFIO3_VERSION:-$(git describe --tags --always --dirty 2>/dev/null || true)}
 export DESAFIO3_VERSION
 
-refuse_port() { die "port $2 is already in use: stop what uses it, or choose another one with $1=..."; }
-
-# named_ports: "WEB_PORT 8000" for each port that Compose is about to publish.
-named_ports() {
-  docker compose config | awk '
-    $1 == "target:" { name = $2 == 8000 ? "WEB_PORT" : $2 == 5432 ? "POSTGRES_PORT" : "REDIS_PORT" }
-    $1 == "published:" { gsub(/"/, "", $2); print name, $2 }'
-}
+# need_port NAME PORT: refuses it by name where something listens on it.
+need_port() { ! port_taken "$2" || die "port $2 is already in use: stop what uses it, or choose another one with $1=..."; }
 
 # what_it_logged: the last lines, without those of the health checks.
 what_it_logged() { grep -v path=/health | tail -n 20 | sed 's/^/    | /' || true; }
@@ -36,29 +30,34 @@ same_password() {
 }
 
 start_docker() {
-  local name port published service health failed=''
+  local config published name port target volume service status
   title 'Starting with Docker Compose'
   if [[ -e $state ]]; then say "What the stack without Docker holds stays in $state."; fi
   own_stack
-  docker compose config --quiet || die 'Compose does not take these variables'
-  # shellcheck disable=SC2046 # ids
-  published=$(docker inspect -f '{{json .HostConfig.PortBindings}}' $(docker ps -q -f "$project_label") 2>/dev/null || true)
-  while read -r name port; do
-    if port_taken "$port" && ! has "$published" "\"$port\""; then refuse_port "$name" "$port"; fi
-  done < <(named_ports)
+  config=$(docker compose config) || die 'Compose does not take these variables'
+  published=$(docker ps -f "$project_label" --format '{{.Ports}}')
+  while read -r name port target; do # a port that this stack has already, for the same service, is not taken
+    has "$published" ":$port->$target/" || need_port "$name" "$port"
+  done < <(awk '
+    $1 == "target:" { target = $2 }
+    $1 == "published:" { gsub(/"/, "", $2); print target == 8000 ? "WEB_PORT" : target == 5432 ? "POSTGRES_PORT" : "REDIS_PORT", $2, target }
+  ' <<<"$config")
+  # Compose would make the volumes itself, but not note whose they are. One that is there stays as it is.
+  for volume in $(docker compose config --volumes); do
+    docker volume create --label "${project_label#label=}" --label "com.docker.compose.volume=$volume" \
+      --label "$folder_label=$PWD" "${project}_$volume" >/dev/null
+  done
 
   # --wait ends when all are healthy, and as soon as one of them has ended or is unhealthy.
-  docker compose up --detach --wait --wait-timeout 90 postgres redis && same_password &&
-    docker compose up --build --detach --wait --wait-timeout 90 || failed=yes
-  title 'State'
+  if docker compose up --detach --wait --wait-timeout 90 postgres redis && same_password &&
+    docker compose up --build --detach --wait --wait-timeout 90; then return 0; fi
   show_stack
-  [[ -n $failed ]] || return 0
-  while read -r service health; do
-    if ! is "$health" healthy; then
+  while read -r service status; do
+    if ! has "$status" '(healthy)'; then
       title "The log of $service"
       docker compose logs --no-log-prefix --tail 200 "$service" 2>&1 | what_it_logged
     fi
-  done < <(docker compose ps --all --format '{{.Service}} {{.Health}}')
+  done < <(docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}')
   die 'the stack did not become healthy'
 }
 
@@ -67,9 +66,7 @@ start_local() {
   title "Starting without Docker, in $state"
   need_servers || exit 1
   have go || die 'Go is needed to build the service: https://go.dev/dl/'
-  if [[ ! -e $state/$marker && -n $(ls -A "$state" 2>/dev/null) ]]; then
-    die "$state is a folder of something else: choose a new one with DESAFIO3_STATE=..."
-  fi
+  [[ -e $marker || -z $(ls -A "$state" 2>/dev/null) ]] || die "$state is a folder of something else: choose a new one with DESAFIO3_STATE=..."
 
   # A stack that runs keeps its ports.
   POSTGRES_PORT='' REDIS_PORT=''
@@ -79,7 +76,7 @@ start_local() {
     say 'It runs already: other settings count after ./scripts/stop.sh.'
   else
     WEB_PORT=$wanted
-    if port_taken "$WEB_PORT"; then refuse_port WEB_PORT "$WEB_PORT"; fi
+    need_port WEB_PORT "$WEB_PORT"
   fi
   export BIND_ADDRESS=${BIND_ADDRESS:-127.0.0.1} PORT=$WEB_PORT \
     POSTGRES_HOST=127.0.0.1 POSTGRES_PORT=${POSTGRES_PORT:-$(free_port)} POSTGRES_SSLMODE=${POSTGRES_SSLMODE:-disable} \
@@ -87,7 +84,7 @@ start_local() {
     POSTGRES_PASSWORD=${POSTGRES_PASSWORD:-postgres123} \
     REDIS_HOST=127.0.0.1 REDIS_PORT=${REDIS_PORT:-$(free_port)} REDIS_PASSWORD=${REDIS_PASSWORD:-}
   mkdir -p "$state"
-  touch "$state/$marker"
+  touch "$marker"
   # The other scripts read this file. It holds passwords.
   for name in BIND_ADDRESS WEB_PORT POSTGRES_PORT POSTGRES_DB POSTGRES_USER POSTGRES_PASSWORD REDIS_PORT REDIS_PASSWORD; do
     printf '%s=%q\n' "$name" "${!name}"
@@ -108,8 +105,6 @@ start_local() {
   fi
   wait_for 60 healthy_or_gone || true
   healthy || { what_it_logged <"$state/web.log"; die 'the service did not become healthy'; }
-  title 'State'
-  show_stack
 }
 healthy() { "$state/web" health >/dev/null 2>&1; }
 healthy_or_gone() { healthy || ! alive "$state/web.pid" "$state/web"; }
@@ -122,6 +117,8 @@ if is "$mode" local || [[ -n $reason ]]; then mode=local; else mode=docker; fi
 "start_$mode"
 
 attach
+title 'State'
+show_stack
 wait_for 20 cache_in_use || die 'the service does not use its cache: ./scripts/logs.sh web says why'
 title 'Try next'
 say "./scripts/populate.sh                 # 8 products"

@@ -37,7 +37,7 @@ ping() {
     say "\$ docker exec $project-web ping -c 3 $1"
     docker exec "$project-web" ping -c 3 "$1" | sed 's/^/    /'
   else
-    POSTGRES_HOST=127.0.0.1 REDIS_HOST=127.0.0.1 "$state/web" ping -c 3 "$1" | sed 's/^/    /'
+    "$state/web" ping -c 3 "$1" | sed 's/^/    /'
   fi
 }
 
@@ -45,10 +45,10 @@ if is "$mode" docker; then
   title '3. Names inside the network'
   claim 'the name "postgres" leads to PostgreSQL' ping postgres
   claim 'the name "redis" leads to Redis' ping redis
-  members=$(docker network inspect -f '{{range .Containers}}{{.Name}} {{.IPv4Address}}{{"\n"}}{{end}}' "$project-network")
-  while read -r line; do say "$line"; done <<<"$members"
+  members=$(docker network inspect -f '{{range .Containers}}  {{println .Name .IPv4Address}}{{end}}' "$project-network")
+  echo "$members"
   for service in web postgres redis; do
-    claim "$project-$service is on the network $project-network" has "$members" "$project-$service "
+    claim "$project-$service is on the network $project-network" has "$members" " $project-$service "
   done
 else
   title '3. Ports on this machine (the names "postgres" and "redis" exist only in the network of Docker)'
@@ -65,9 +65,8 @@ say "redis-cli: PING  ->  $pong"
 claim 'Redis answers' is "$pong" PONG
 
 title '5. What the service says of them'
-request GET /services
-say "$body"
-claim 'it is connected to PostgreSQL' has "$body" '"postgres":{"status":"connected"'
+expect 'it is connected to PostgreSQL' '200 *"postgres":{"status":"connected"' GET /services
 claim 'it is connected to Redis' has "$body" '"redis":{"status":"connected"'
+say "$body"
 
 verdict
