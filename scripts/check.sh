@@ -10,17 +10,17 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Names and a folder of its own, which the user that PostgreSQL runs as may enter. What your own stack was
-# told is not for this one.
+# told is not for this one. One version, so that an image of the same code is built once.
 tmp=$(mktemp -d)
 chmod 711 "$tmp"
-export COMPOSE_PROJECT_NAME=desafio3-check-$$ TEST_DIR=$tmp/test
+export COMPOSE_PROJECT_NAME=desafio3-check-$$ TEST_DIR=$tmp/test DESAFIO3_VERSION=check
 unset PORT BIND_ADDRESS CACHE_TTL LOG_LEVEL POSTGRES_SSLMODE DESAFIO3_MODE DESAFIO3_STATE
 source scripts/lib.sh
 shopt -s nullglob
 
 # ---------------------------------------------------------------- steps
 
-names=() jobs=() broken=() shown=0
+names=() jobs=() broken='' shown=0
 
 # step NAME COMMAND...: starts it as a job of its own, so that it can be ended with all it started.
 step() {
@@ -49,7 +49,7 @@ results() {
     else
       printf '%sFAILED%s\n' "$red" "$plain"
       sed '/^=== /d; /^ *--- PASS/d; s/^/    | /' "$log"
-      broken+=("${names[i]}")
+      broken+="${names[i]}; "
     fi
   done
   shown=${#names[@]}
@@ -60,11 +60,11 @@ clean_up() {
   trap '' INT TERM
   for job in "${jobs[@]}"; do kill -TERM -- "-$job" 2>/dev/null || true; done
   # What a step has started may still be cleaning up when the step itself has ended.
-  for job in "${jobs[@]}"; do wait_for 90 gone "$job" || true; done
+  for job in "${jobs[@]}"; do wait_for 120 gone "$job" || kill -KILL -- "-$job"; done
   if [[ -e $TEST_DIR ]]; then remove_servers "$TEST_DIR"; fi
   # Nothing to do where the end-to-end run came to its end: it cleans up itself.
   for mode in local docker; do
-    if [[ -e $tmp/$mode ]]; then (cd "$tmp/$mode" && DESAFIO3_MODE=$mode ./scripts/clean.sh >/dev/null 2>&1) || true; fi
+    if [[ -e $tmp/$mode ]]; then (cd "$tmp/$mode" && DESAFIO3_MODE=$mode ./scripts/clean.sh >"$tmp/clean" 2>&1) || cat "$tmp/clean"; fi
   done
   rm -rf "$tmp"
 }
@@ -81,10 +81,9 @@ formatted() { is "$(gofmt -d . | tee /dev/stderr)" ''; }
 split() {
   mkdir -p "$tmp/blocks/$1"
   awk -v folder="$tmp/blocks/$1" '
-    /^ *```/ && (!inside || /^ *``` *$/) { # inside of a block only a bare fence ends it
-      inside = !inside
+    /^ *```/ { # where a block begins or ends
       kind = substr($0, index($0, "```") + 3)
-      file = inside && kind ~ /^(sh|bash)$/ ? sprintf("%s/%05d.%s", folder, NR, kind) : ""
+      file = kind ~ /^(sh|bash)$/ ? sprintf("%s/%05d.%s", folder, NR, kind) : ""
       if (file) print "# a block marked " kind >file
       next
     }
@@ -97,11 +96,9 @@ blocks_are_sound() {
   for block in "$tmp/blocks/README.md"/*; do
     bash -n "$block" || die "README.md: the block in line $((10#$(basename "${block%.*}"))) is no Bash"
   done
-  if [[ -e LEIAME.md ]] || grep -q LEIAME.md README.md; then
-    split LEIAME.md
-    diff -u --label README.md --label LEIAME.md <(cat "$tmp/blocks/README.md"/*) <(cat "$tmp/blocks/LEIAME.md"/*) ||
-      die 'the blocks of README.md and LEIAME.md differ'
-  fi
+  split LEIAME.md
+  diff -u --label README.md --label LEIAME.md <(cat "$tmp/blocks/README.md"/*) <(cat "$tmp/blocks/LEIAME.md"/*) ||
+    die 'the blocks of README.md and LEIAME.md differ'
 }
 
 # follow_readme MODE: runs the blocks that are marked sh, in order, each in a shell of its own, on ports and with
@@ -117,35 +114,30 @@ follow_readme() {
     title "README.md:$line"
     bash -xeuo pipefail -c "$(sed -E "s/(localhost|127\.0\.0\.1):8000/127.0.0.1:$WEB_PORT/g; s/desafio3([-_])/$project\1/g" "$block")" ||
       die "README.md:$line: the block that begins here failed"
-    cat "$block" >>"$tmp/$1.followed"
     ran=$((ran + 1))
   done
   say "README.md: $ran blocks ran, $left_out that need Docker were left out"
 }
 
-# end_to_end MODE: what a user does with the stack, in a fresh clone.
+# end_to_end MODE: what a user does with the stack, in a fresh clone. README.md starts it and runs the demonstrations.
 end_to_end() {
   set -e
   local script
+  fresh_clone "$tmp/$1"
+  cd "$tmp/$1"
   export DESAFIO3_MODE=$1 WEB_PORT POSTGRES_PORT REDIS_PORT
   WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
-  cd "$tmp/$1"
   state=$PWD/.local
   follow_readme "$1"
+  for script in test test_communication demo_cache demo_stale demo_failure; do
+    # One that README.md has run already needs no second time.
+    grep -q "scripts/$script.sh" "$tmp/blocks/README.md"/*.sh || "./scripts/$script.sh"
+  done
 
-  title 'From the start again'
-  ./scripts/clean.sh
+  title 'Starting it again is harmless, and populating it again does not double the catalogue'
   ./scripts/start.sh
-  title 'Starting it again is harmless'
-  ./scripts/start.sh
-  ./scripts/populate.sh
-  title 'Populating it again does not double the catalogue'
   ./scripts/populate.sh
   holds_8_products
-  for script in test test_communication demo_cache demo_stale demo_failure demo_orchestration; do
-    # One that README.md has run already needs no second time.
-    grep -qs "scripts/$script.sh" "$tmp/$1.followed" || "./scripts/$script.sh"
-  done
   ./scripts/monitor.sh 3
   title 'The data outlives the stack'
   ./scripts/stop.sh
@@ -154,23 +146,34 @@ end_to_end() {
   title 'Cleaning leaves nothing'
   ./scripts/clean.sh
   claim 'no process listens on its port' closed "$WEB_PORT"
-  if is "$1" local; then
-    claim 'no folder with data' test ! -e "$state"
-  else
-    claim 'no container, volume, network or image' is "$(docker ps -a | grep "$project")$(
-      docker volume ls | grep "$project")$(docker network ls | grep "$project")$(docker images | grep "$project")" ''
-  fi
+  claim 'no folder with data' test ! -e "$state"
+  cd .. && rm -rf "$1"
   verdict
 }
 
 holds_8_products() { (attach && request GET /products && claim 'the catalogue holds 8 products' is "$(field count)" 8 && verdict); }
 closed() { ! port_taken "$1"; }
 
-# fresh_clone FOLDER: what git would put there, and what it does not know yet.
+# fresh_clone FOLDER: a clone, and in it what is not committed yet. Where there is no git it is a copy.
 fresh_clone() {
-  mkdir "$1"
-  tar --exclude=./.local --exclude=./.env --exclude=./web -cf - . | tar -xf - -C "$1"
+  if git clone --quiet . "$1"; then
+    { git diff HEAD -z --name-only --diff-filter=d && git ls-files -z --others --exclude-standard; } |
+      tar --null -T - -cf - | tar -xf - -C "$1"
+    git diff HEAD -z --name-only --diff-filter=D | (cd "$1" && xargs -0 rm -f)
+  else
+    mkdir "$1"
+    tar --exclude=./.local --exclude=./.env --exclude=./web -cf - . | tar -xf - -C "$1"
+  fi
 }
+
+# beside_swarm COMMAND...: an engine that leaves a swarm forgets the names of the containers that run. demo_swarm.sh, also
+# that of another check, does not leave its swarm while somebody holds this lock.
+beside_swarm() {
+  exec 9<"$(command -v docker)"
+  if have flock; then flock --shared 9; fi
+  "$@"
+}
+in_swarm() { is "$(docker info -f '{{.Swarm.LocalNodeState}}')" active; }
 
 # ---------------------------------------------------------------- the run
 
@@ -193,22 +196,24 @@ step 'the blocks of README.md and LEIAME.md' blocks_are_sound
 POSTGRES_ARGS='-c fsync=off' private_servers "$TEST_DIR"
 step 'go test -race' go test -race -v -count=1 -timeout 80m ./...
 results # before the next steps: some tests measure times
-fresh_clone "$tmp/local"
 step 'end to end, without Docker' end_to_end local
 reason=$(why_not_docker)
-if [[ -z $reason ]]; then
-  fresh_clone "$tmp/docker"
-  step 'end to end, with Docker' end_to_end docker
+if [[ -n $reason ]]; then
+  say "with Docker: left out, $reason"
 else
-  say "end to end, with Docker: left out, $reason"
+  if have flock && ! in_swarm && [[ -z $(docker ps -q -f label=com.docker.compose.project) ]]; then
+    step 'demo_swarm.sh' ./scripts/demo_swarm.sh
+    until in_swarm || gone $!; do sleep 0.1; done # it refuses an engine where stacks of Compose run
+  else
+    say 'demo_swarm.sh: left out, since the engine is in a swarm, or stacks of Compose run there'
+  fi
+  step 'end to end, with Docker' beside_swarm end_to_end docker
+  step 'demo_orchestration.sh' beside_swarm ./scripts/demo_orchestration.sh
 fi
 results
-# After the stacks of Compose have gone: when an engine leaves a swarm, it forgets the names of running containers.
-if [[ -z $reason ]] && is "$(docker info -f '{{.Swarm.LocalNodeState}}')" inactive; then
-  COMPOSE_PROJECT_NAME=desafio3-swarm-$$ step 'demo_swarm.sh' ./scripts/demo_swarm.sh
-  results
-else
-  say 'demo_swarm.sh: left out, no engine with the images is here that is in no swarm yet'
+[[ -z $broken ]] || die "${broken}did not hold"
+if [[ -z $reason ]]; then
+  left=$({ docker ps -a && docker volume ls && docker network ls && docker images; } | grep "${project}[-_]" || true)
+  [[ -z $left ]] || die "Docker still has $left"
 fi
-((!${#broken[@]})) || die "$(printf '%s; ' "${broken[@]}")did not hold"
 printf '\n%sEverything holds.%s\n' "$green" "$plain"

@@ -7,11 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-desafio3}-lesson
 source scripts/lib.sh
 
-if ! { have docker && docker compose version && docker info; } >/dev/null 2>&1 || is "${DESAFIO3_MODE:-}" local; then
-  if is "${DESAFIO3_MODE:-}" docker; then die 'no Docker engine with Compose v2 answers'; fi
-  say 'This demonstration needs a Docker engine with Compose v2, and none is in use here.'
-  exit
-fi
+{ have docker && docker compose version && docker info; } >/dev/null 2>&1 ||
+  die 'this demonstration needs a Docker engine with Compose v2, and none answers here'
 WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
 export DESAFIO3_MODE=docker BIND_ADDRESS=127.0.0.1 WEB_PORT POSTGRES_PORT REDIS_PORT
 
@@ -38,18 +35,20 @@ tell() {
   told=$(wc -l <"$journal")
 }
 
-# run COMMAND...: shows a command and runs it. What it prints matters only when it fails.
+# run COMMAND...: shows a command and runs it. What it prints matters only when it fails, and then so do the states, and
+# the logs of what is not healthy.
 run() {
   say "\$ $(printf '%q ' "$@")"
-  "$@" >"$folder/output" 2>&1 || die "$(cat "$folder/output")"
+  "$@" >"$folder/output" 2>&1 && return
+  cat "$folder/output"
+  docker compose ps --all
+  # shellcheck disable=SC2046 # names
+  docker compose logs --tail 20 $(docker compose ps --all --format '{{.Service}} {{.Health}}' | sed -n '/ healthy$/!s/ .*//p')
+  die "this failed: $*"
 }
-up() {
-  run docker compose up --detach "$@"
-  wait_for 90 healthy web || die "the stack did not become healthy"
-}
+# --wait: until all are healthy, or one of them is not.
+up() { run docker compose up --detach --wait --wait-timeout 90 "$@"; }
 inspect() { docker inspect -f "$2" "$project-$1"; }
-healthy() { is "$(inspect "$1" '{{.State.Health.Status}}' 2>/dev/null)" healthy; }
-states() { docker ps -a -f "label=com.docker.compose.project=$project" --format '{{.Names}}  {{.Status}}' | sed 's/^/    /'; }
 
 title '1. The order of the start (the first one builds the image)'
 up --build
@@ -61,9 +60,8 @@ claim 'web started when PostgreSQL was healthy (depends_on, service_healthy)' te
 claim 'and Redis too' test "$started" -gt "$redis"
 
 title '2. Names and addresses'
-addresses=$(docker network inspect -f '{{range .Containers}}{{.Name}} {{.IPv4Address}}{{"\n"}}{{end}}' "$project-network")
 say "\$ docker network inspect $project-network"
-while read -r line; do say "  $line"; done <<<"$addresses"
+docker network inspect -f '{{range .Containers}}    {{.Name}} {{.IPv4Address}}{{"\n"}}{{end}}' "$project-network"
 for name in postgres redis; do
   say "\$ docker exec $project-web ping -c 1 $name"
   answer=$(docker exec "$project-web" ping -c 1 "$name")
@@ -73,25 +71,22 @@ for name in postgres redis; do
 done
 
 title '3. A volume outlives its container, until it is removed too'
-request POST /products '{"name":"Café","price":1.00}'
-claim 'a product is created' is "$status" 201
+expect 'a product is created' 201 POST /products '{"name":"Café","price":1.00}'
 id=$(field id) container=$(inspect postgres '{{.Id}}')
 run docker compose down
-up
+up postgres
 claim 'this is another container' test "$(inspect postgres '{{.Id}}')" != "$container"
-request GET "/products/$id"
-claim 'with the same data' is "$status $(field price)" '200 1.00'
+claim 'with the same data' is "$(sql "SELECT price FROM products WHERE id = $id")" 1.00
 run docker compose down --volumes
 up
-request GET "/products/$id"
-claim 'without its volume, the data is gone' is "$status" 404
+expect 'without its volume, the data is gone' 404 GET "/products/$id"
 
 title '4. Health: web turns unhealthy, and back'
 tell >"$folder/output" # what came before is no news
 run docker stop "$project-postgres"
 say 'the check asks every 3 s, and the third failure in a row counts ...'
 claim 'web is unhealthy' wait_for 60 happened web 'health_status: unhealthy'
-states
+show_stack
 claim 'PostgreSQL stays stopped, because somebody stopped it' is "$(inspect postgres '{{.State.Status}}')" exited
 run docker start "$project-postgres"
 claim 'PostgreSQL is healthy' wait_for 60 happened postgres 'health_status: healthy'

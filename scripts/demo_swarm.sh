@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Demonstration of docker-stack.yml: three replicas of the service on Docker Swarm, and clients that send requests
 # all the while. A replica dies, a new version comes, a bad one goes back by itself, the number of replicas
-# changes, and no request fails. It takes two to three minutes.
+# changes, and no request fails. It takes one to two minutes.
 #
 #   ./scripts/demo_swarm.sh                      # makes a swarm of this machine alone, and leaves it in the end
 #   ./scripts/demo_swarm.sh --use-this-swarm     # in the swarm of one node that this machine already is
 #
-# The stack is the script's own, beside yours. Everything that the script made is removed in the end.
+# Everything that the script made is removed in the end. An engine that leaves a swarm forgets the names of the
+# containers that run (https://github.com/moby/moby/issues/45144), so stacks of Compose have to be stopped before.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
@@ -19,14 +20,14 @@ export COMPOSE_PROJECT_NAME=$stack POSTGRES_SECRET=${stack}_password
 # These functions run in a container on the stack's network, where Swarm's own DNS answers. They go there as text
 # (declare -f). The image is PostgreSQL's, because it is here and has bash, which can open connections itself.
 
-# addresses NAME: what the DNS says, in random order: one virtual address, or the address of each replica.
-addresses() { getent ahostsv4 "$1" | sed -n 's/ *STREAM.*//p' | shuf; }
+# addresses: what the DNS says of "web", in random order: one virtual address, or the address of each replica.
+addresses() { getent ahostsv4 web | sed -n 's/ *STREAM.*//p' | shuf; }
 
-# connect NAME: connects to one of its addresses. When one refuses, it notes that and tries the next, as a load
+# connect: connects to one of them. When one refuses, it notes that and tries the next, as a load
 # balancer does. Behind a virtual address the next one is another replica, too: so that it is tried three times.
 connect() {
   local all
-  all=$(addresses "$1")
+  all=$(addresses)
   for address in $all $all $all; do
     if { exec 3<>"/dev/tcp/$address/8000"; } 2>/dev/null; then return; fi
     echo "refused - $address"
@@ -48,18 +49,17 @@ exchange() {
   [[ $received =~ Content-Length:\ ([0-9]+) ]] && read -r -t 20 -N "${BASH_REMATCH[1]}" body <&3 && head=$received
 }
 
-# client MANY: makes a product and sends requests for it until the file /tmp/stop is there, one write among ten, with a
-# line for each. A connection carries so many requests, or fewer when the service says that it closes it. Nobody else
+# client MANY: makes a product and sends requests for it until its container goes, one write among ten, with a line for
+# each. A connection carries so many requests, or fewer when the service says that it closes it. Nobody else
 # writes the product, so every answer must show the last write, whichever replica it comes from. A request that
 # failed is followed by another one of its kind.
 client() {
   local product sent=0 stock=0 request
   trap '' PIPE # to write to a closed connection is an error then, instead of the end of this shell
-  connect web && exchange POST /products '{"name":"Produto da demonstração","price":1.00}'
+  connect && exchange POST /products '{"name":"Produto da demonstração","price":1.00}'
   product=${body#*:} product=/products/${product%%,*}
-  while [[ ! -e /tmp/stop ]]; do
-    sleep 0.02
-    if ((sent % $1 == 0)) || [[ $head != HTTP* || $head == *'Connection: close'* ]]; then connect web || continue; fi
+  while sleep 0.02; do
+    if ((sent % $1 == 0)) || [[ $head != HTTP* || $head == *'Connection: close'* ]]; then connect || continue; fi
     request=(GET "$product")
     if ((sent % 10 == 5)); then request=(PUT "$product" "{\"stock\":$((++stock))}"); fi
     exchange "${request[@]}"
@@ -70,10 +70,9 @@ client() {
     esac
   done
 }
-functions="LC_ALL=C; $(declare -f addresses connect exchange client)"
 
-# in_clients CODE [ARGUMENT...]: runs the code there.
-in_clients() { docker exec "$clients" timeout 600 bash -c "$functions; $1" bash "${@:2}"; }
+# in_clients CODE: runs the code there.
+in_clients() { docker exec "$clients" timeout 600 bash -c "LC_ALL=C; $(declare -f addresses connect exchange client); $1"; }
 
 # no_request_failed [ADDRESS]: counts what the clients printed since the last time. ADDRESS is that of a replica that
 # was killed: what was in flight at it, one request of each client at most, is counted apart.
@@ -94,10 +93,9 @@ count() { grep -c -e "$1" "$tmp/part" || true; }
 
 # ---------------------------------------------------------------- the stack
 
-# The replicas that are healthy; the number of replicas that Swarm wants and has; their images.
+# The replicas that are healthy; the number of replicas that Swarm wants and has.
 replicas() { docker ps -q -f "label=com.docker.swarm.service.name=${stack}_web" -f health=healthy | sort; }
 web_is() { is "$(replicas | wc -l) $(docker service ls -f "name=${stack}_web" --format '{{.Replicas}}')" "$1 $1/$1"; }
-images() { docker service ps -f desired-state=running --format '{{.Image}}' "${stack}_web" | sort -u; }
 
 # quietly COMMAND...: shows what it prints only when it fails.
 quietly() { "$@" >"$tmp/output" 2>&1 || { cat "$tmp/output" >&2 && die "this failed: $*"; }; }
@@ -107,20 +105,21 @@ version() { quietly docker build -q -t "$stack-web:$1" - <<<"FROM $stack-web"$'\
 
 # deploy vip|dnsrr: each replica gets a free port of this machine, too, so that "request" can choose one.
 deploy() {
-  WEB_IMAGE=$stack-web:1 WEB_ENDPOINT_MODE=$1 WEB_PORT=0 WEB_PORT_MODE=host \
+  WEB_IMAGE=$stack-web WEB_ENDPOINT_MODE=$1 WEB_PORT=0 WEB_PORT_MODE=host \
     quietly docker stack deploy --resolve-image never -c docker-stack.yml "$stack"
   claim 'three replicas are healthy' wait_for 120 web_is 3
 }
 # choose REPLICA: "request" goes to this one from now on.
 choose() { say "replica $1" && url=http://127.0.0.1:$(docker port "$1" 8000 | sed -n '1s/.*://p'); }
 
-# update VERSION STATE: rolls the version out, and waits until Swarm says how that ended.
+# update VERSION STATE OPTION...: rolls the version out, and waits until Swarm says how that ended. The options make
+# Swarm less patient than docker-stack.yml does, so that you do not wait where nothing happens.
 update() {
-  say "\$ docker service update --image $stack-web:$1 ${stack}_web"
-  quietly docker service update --detach --no-resolve-image --image "$stack-web:$1" "${stack}_web"
+  say "\$ docker service update --image $stack-web:$1 ${*:3} ${stack}_web"
+  quietly docker service update --detach --no-resolve-image --image "$stack-web:$1" "${@:3}" "${stack}_web"
   claim "the update ends: $2" wait_for 240 update_is "$2"
   docker service ps --format 'table {{.Name}}\t{{.Image}}\t{{.CurrentState}}' "${stack}_web" | sed 's/^/  /'
-  claim 'all replicas run version 2' is "$(images)" "$stack-web:2"
+  claim 'all replicas run version 2' is "$(docker service ps -f desired-state=running --format '{{.Image}}' "${stack}_web" | sort -u)" "$stack-web:2"
 }
 update_is() { is "$(docker service inspect -f '{{.UpdateStatus.State}}' "${stack}_web")" "$1"; }
 
@@ -131,31 +130,51 @@ case "$(docker info -f '{{.Swarm.LocalNodeState}} {{.Swarm.Nodes}}' 2>/dev/null 
 active*) die 'this engine is in a swarm: --use-this-swarm makes the stack there if it has this node alone, a manager' ;;
 *) die 'an engine in no swarm is needed and no argument, or one in a swarm and --use-this-swarm' ;;
 esac
-leftovers() { docker ps -aq -f "name=$stack"; docker volume ls -q -f "name=${stack}_"; docker images -q "$stack-web"; }
-[[ -z $(leftovers) ]] || die "there are containers, volumes or images named $stack..., which this script would remove"
-bridge=$(docker network ls -q -f name=docker_gwbridge) # Swarm makes it, and leaves it behind
-label='' # this node's, if it is ours
+others() { docker ps -f label=com.docker.compose.project --format '{{.Names}}' | paste -s -d ' ' -; }
+[[ -z $ours || -z $(others) ]] ||
+  die "when the engine leaves the swarm in the end, these would not find each other by name any more: $(others)
+  Stop their stacks first (./scripts/stop.sh), and start them afterwards (./scripts/start.sh)."
+
+# made: what has the names of this script's things.
+made() {
+  docker ps -aq -f "name=$stack"
+  docker volume ls -q -f "name=${stack}_"
+  docker network ls -q -f "name=${stack}_"
+  docker images -q "$stack-web"
+}
+swarm() { docker info -f '{{.Swarm.LocalNodeState}}'; }
+[[ -z $(made) ]] || die "there are containers, volumes, networks or images named $stack..., which this script would remove"
+before=$(swarm) bridge=$(docker network ls -q -f name=docker_gwbridge) # Swarm makes it, and leaves it behind
+node='' # if its label is ours
 tmp=$(mktemp -d)
 
+# What is removed is tried again and again: interrupted in the middle of something, the engine may go on with it for
+# a moment. check.sh, which runs stacks of Compose beside this script, holds the lock until they are gone.
 clean_up() {
-  trap '' INT TERM
+  trap : INT TERM # a signal ends the wait for the lock, but not the removal
   title 'Removing all of it'
-  wait_for 90 removed >/dev/null 2>&1 || say "something is left: docker ps -a, docker volume ls and docker images show it"
+  wait_for 90 stack_removed >/dev/null 2>&1 || true
+  if [[ -n $ours ]] && have flock; then
+    exec 9<"$(command -v docker)"
+    flock 9 || true
+  fi
   rm -rf "$tmp"
+  wait_for 90 as_before >/dev/null 2>&1 || die "something is left: docker ps -a, docker volume ls and docker images show it"
+  if [[ -n $ours && -n $(others) ]]; then say "Started meanwhile, these do not find each other by name any more: docker restart $(others)"; fi
 }
-# removed: removes what it can, and says whether that was all. Interrupted in the middle of something, the engine may
-# go on with it for a moment.
-removed() {
+stack_removed() {
   docker rm -f -v "$clients"
   docker stack rm "$stack"
-  [[ -z $(docker ps -aq -f "label=com.docker.stack.namespace=$stack") ]] || return 1
+  [[ -z $(docker ps -aq -f "label=com.docker.stack.namespace=$stack") ]]
+}
+as_before() {
   docker secret rm "$POSTGRES_SECRET"
-  if [[ -n $label ]]; then docker node update --label-rm desafio3.data "$label"; fi
+  if [[ -n $node ]]; then docker node update --label-rm desafio3.data "$node"; fi
   if [[ -n $ours ]]; then docker swarm leave --force; fi
   if [[ -z $bridge ]]; then docker network rm docker_gwbridge; fi
   docker volume rm "${stack}_swarm_postgres" "${stack}_swarm_redis"
-  docker rmi "$stack-web:3" "$stack-web:2" "$stack-web:1" "$stack-web"
-  [[ -z $(leftovers) ]]
+  docker rmi "$stack-web:3" "$stack-web:2" "$stack-web"
+  is "$(swarm) $(made)" "$before "
 }
 trap clean_up EXIT
 trap 'exit 130' INT
@@ -164,22 +183,21 @@ trap 'exit 143' TERM
 # ---------------------------------------------------------------- the demonstration
 
 title '1. A swarm, the image in three versions, and the stack'
+if [[ -n $ours ]]; then quietly docker swarm init --advertise-addr 127.0.0.1 --listen-addr 127.0.0.1:2377; fi
 quietly docker compose build web
-version 1 'LABEL version=1'
 version 2 'LABEL version=2'
 version 3 'ENV POSTGRES_PORT=1'
-if [[ -n $ours ]]; then quietly docker swarm init --advertise-addr 127.0.0.1 --listen-addr 127.0.0.1:2377; fi
 if [[ -z $(docker node ls -q -f node.label=desafio3.data=true) ]]; then
-  label=$(docker node ls -q)
-  quietly docker node update --label-add desafio3.data=true "$label"
+  node=$(docker node ls -q)
+  quietly docker node update --label-add desafio3.data=true "$node"
 fi
 od -An -N16 -tx1 /dev/urandom | tr -d ' \n' | quietly docker secret create "$POSTGRES_SECRET" -
 deploy vip
 quietly docker run -d --name "$clients" --network "${stack}_default" --entrypoint tail \
   "$(sed -n 's/^ *image: \(postgres:.*\)/\1/p' docker-stack.yml)" -f /dev/null
-if in_clients 'connect web' >/dev/null; then
+if in_clients 'connect' >/dev/null; then
   say 'The virtual address of "web" works: the clients use it.'
-  vip=$(in_clients 'addresses web')
+  vip=$(in_clients addresses)
 else
   say 'The virtual address does not forward here: this kernel has no IPVS. So the stack runs with'
   say 'endpoint_mode dnsrr: "web" is the list of the replicas, and the clients choose one.'
@@ -190,7 +208,7 @@ fi
 
 title '2. Three replicas answer in turn'
 # shellcheck disable=SC2016 # for the bash over there
-answers=$(in_clients 'for i in {1..30}; do connect web && exchange GET /services && echo "$body"; done' |
+answers=$(in_clients 'for i in {1..30}; do connect && exchange GET /services && echo "$body"; done' |
   sed -n 's/.*"hostname":"\([^"]*\)".*/\1/p' | sort | uniq -c)
 echo "$answers"
 claim 'thirty requests to "web" reached all three containers' is "$(awk '{ print $2 }' <<<"$answers")" "$(replicas)"
@@ -198,22 +216,17 @@ claim 'thirty requests to "web" reached all three containers' is "$(awk '{ print
 title '3. What is written through one is read through all, and what one has cached is a hit at all'
 choose "$(replicas | head -n 1)"
 request POST /products '{"name":"Produto da demonstração","price":1.00}'
-id=$(field id)
-price=1
+id=$(field id) price=1
+hit() { request GET "/products/$id" && is "$cache" 'redis; hit'; }
 for writer in $(replicas); do
   choose "$writer"
-  price=$((price + 1))
-  request PUT "/products/$id" "{\"price\":$price}"
+  request PUT "/products/$id" "{\"price\":$((++price))}"
   for reader in $(replicas); do
     choose "$reader"
     request GET "/products/$id"
     claim 'the new price, at once' is "$status $(field price)" "200 $price.00"
+    claim 'and soon a hit' wait_for 20 hit
   done
-done
-hit() { request GET "/products/$id" && is "$cache" 'redis; hit'; }
-for reader in $(replicas); do
-  choose "$reader"
-  claim 'a hit' wait_for 20 hit
 done
 
 title '4. Four clients send requests from now on, a write among ten'
@@ -233,11 +246,11 @@ docker service ps --format 'table {{.Name}}\t{{.CurrentState}}\t{{.Error}}' "${s
 no_request_failed "${vip:-$address}"
 
 title '6. A new version'
-update 2 completed
+update 2 completed --update-monitor 5s
 no_request_failed
 
 title '7. A version that does not become healthy, since it looks for PostgreSQL at the wrong port'
-update 3 rollback_completed
+update 3 rollback_completed --health-start-period 1s --health-retries 2
 no_request_failed
 
 title '8. From three replicas to five, and to two'
