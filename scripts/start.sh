@@ -48,7 +48,9 @@ start_docker() {
       --label "$folder_label=$PWD" "${project}_$volume" >/dev/null
   done
 
-  # --wait ends when all are healthy, and as soon as one of them has ended or is unhealthy.
+  # --wait ends when all are healthy, and as soon as one of them has ended or is unhealthy. A container that was
+  # paused counts as unhealthy until its next health check: that is worth a moment.
+  wait_for 6 none_unhealthy || true
   if docker compose up --detach --wait --wait-timeout 90 postgres redis && same_password &&
     docker compose up --build --detach --wait --wait-timeout 90; then return 0; fi
   show_stack
@@ -60,6 +62,8 @@ start_docker() {
   done < <(docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}')
   die 'the stack did not become healthy'
 }
+
+none_unhealthy() { [[ -z $(docker ps -q -f "$project_label" -f health=unhealthy) ]]; }
 
 start_local() {
   local name wanted=${WEB_PORT:-8000}
