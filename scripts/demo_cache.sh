@@ -87,7 +87,6 @@ say "redis-cli: TTL products:all  ->  $(redis_cli TTL products:all) seconds left
 title "4. How much faster? (the medians of $rounds misses and $rounds hits)"
 say "With the $(sql 'SELECT count(*) FROM products') products of this catalogue:"
 compare
-claim 'a hit is faster' test "$hit" -lt "$miss"
 few=$tenths few_saved=$((miss - hit))
 say 'That is little. PostgreSQL, too, has so few rows in its memory, and finds them in less time than the'
 say 'request takes on its way: to connect, to ask, to answer. A hit cannot save that part.'
@@ -98,6 +97,7 @@ quietly "INSERT INTO products (id, name, description, price, stock, category)
   FROM generate_series(1, 10000) i"
 say 'With 10,000 products more, for a moment:'
 compare
+claim 'a hit is faster' test "$hit" -lt "$miss"
 claim 'the ratio is larger' test "$tenths" -gt "$few"
 claim 'and a hit saves much more time' test $((miss - hit)) -gt $((2 * few_saved))
 say 'A miss reads each row and writes it as JSON; a hit passes the bytes on. So a cache saves what the answer'
