@@ -90,16 +90,18 @@ split() {
     file { print >file }' "$1"
 }
 
-# blocks_are_sound: every block is Bash, and those of LEIAME.md are those of README.md, in the same order.
+# blocks_are_sound: every block is Bash, and those of LEIAME.md are those of README.md, in the same order. Only the
+# comments in them are in another language.
 blocks_are_sound() {
   local block
   for block in "$tmp/blocks/README.md"/*; do
     bash -n "$block" || die "README.md: the block in line $((10#$(basename "${block%.*}"))) is no Bash"
   done
   split LEIAME.md
-  diff -u --label README.md --label LEIAME.md <(cat "$tmp/blocks/README.md"/*) <(cat "$tmp/blocks/LEIAME.md"/*) ||
+  diff -u --label README.md --label LEIAME.md <(commands README.md) <(commands LEIAME.md) ||
     die 'the blocks of README.md and LEIAME.md differ'
 }
+commands() { sed 's/  *# .*//' "$tmp/blocks/$1"/*; }
 
 # follow_readme MODE: runs the blocks that are marked sh, in order, each in a shell of its own, on ports and with
 # names of this check. Without Docker those that say "docker" are left out.
