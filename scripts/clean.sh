@@ -6,7 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 
 all=''
-if ! is "${DESAFIO3_MODE:-}" docker && [[ -e $state ]]; then all="folder $state"$'\n'; fi
+if ! is "${DESAFIO3_MODE:-}" docker && [[ -e $state ]]; then
+  own_folder
+  all="folder $state"$'\n'
+fi
 if ! is "${DESAFIO3_MODE:-}" local && docker info >/dev/null 2>&1; then
   own_stack
   # What Docker has of this project, in the order in which it can be removed. Not only what docker-compose.yml names

@@ -343,10 +343,15 @@ attach() {
 # delete_product: deletes the product $id that a script has made, if it has not done so itself.
 delete_product() { if [[ -n $id ]]; then request DELETE "/products/$id" >/dev/null; fi; }
 
-# stop_local: ends the stack without Docker and keeps its data. It leaves a folder alone that start.sh has not made.
+# own_folder: refuses a folder for the data that start.sh has not made.
+own_folder() {
+  [[ -e $marker ]] || die "$state lacks the file ${marker##*/}, which start.sh leaves in a folder that it makes: it is left alone"
+}
+
+# stop_local: ends the stack without Docker and keeps its data.
 stop_local() {
   [[ -e $state ]] || return 0
-  [[ -e $marker ]] || die "$state lacks the file ${marker##*/}, which start.sh leaves in a folder that it makes: it is left alone"
+  own_folder
   { end_process "$state/web.pid" "$state/web" 15 && stop_redis "$state" && stop_postgres "$state"; } ||
     die "something in $state did not stop"
   rm -f "$state/env"
