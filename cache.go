@@ -393,13 +393,15 @@ func (c *Cache) exchange(batch []*command) {
 		_ = conn.Send(cmd.name, cmd.args...)
 	}
 	_ = conn.Flush()
+	var err error
 	for _, cmd := range batch {
 		// A timeout of zero would be none at all.
 		cmd.reply, cmd.err = redis.ReceiveWithTimeout(conn, max(time.Until(deadline), time.Millisecond))
-		c.reachable.Store(conn.Err() == nil)
-		if cmd.err != nil {
-			c.distrust(cmd.err)
-		}
+		err = cmp.Or(err, cmd.err)
+	}
+	c.reachable.Store(conn.Err() == nil) // before the doubt, after which others connect anew: meet must know of it
+	if err != nil {
+		c.distrust(err)
 	}
 }
 
