@@ -27,7 +27,7 @@ clean_up() {
   wait
   remove_servers "$dir"
 }
-trap clean_up EXIT
+at_exit clean_up
 
 private_servers "$dir"
 title "$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(go version | cut -d ' ' -f 3)"

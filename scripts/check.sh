@@ -57,7 +57,6 @@ results() {
 
 clean_up() {
   local job mode
-  trap '' INT TERM
   for job in "${jobs[@]}"; do kill -TERM -- "-$job" 2>/dev/null || true; done
   # What a step has started may still be cleaning up when the step itself has ended.
   for job in "${jobs[@]}"; do wait_for 120 gone "$job" || kill -KILL -- "-$job"; done
@@ -69,9 +68,7 @@ clean_up() {
   rm -rf "$tmp"
 }
 gone() { ! kill -0 -- "-$1" 2>/dev/null; } # the job, and all that it has started
-trap clean_up EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+at_exit clean_up
 
 # ---------------------------------------------------------------- what the steps do
 

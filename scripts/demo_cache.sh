@@ -10,12 +10,10 @@ rounds=50
 id='' many=''
 # Also when the script is interrupted: the product is gone, and so are the 10,000.
 restore() {
-  trap '' INT TERM
   delete_product
   if [[ -n $many ]]; then remove_many; fi
 }
-trap restore EXIT
-trap 'exit 130' INT TERM
+at_exit restore
 
 # For a moment the catalogue is a large one. The 10,000 have ids of their own, so that the next product of a user
 # gets the number it would have got. They come and go under the service's own name, without 10,000 messages from
@@ -105,10 +103,7 @@ say 'costs: it pays for large lists, slow queries and a database far away.'
 remove_many
 
 title '5. A write through the API: the old list is gone before the answer'
-trap '' INT TERM # an interrupt just now would leave a product whose id nobody knows
-expect 'a product is created' 201 POST /products '{"name":"Produto da demonstração","price":1.00,"category":"demo"}'
-id=$(field id)
-trap 'exit 130' INT TERM
+create_product 'a product is created' '{"name":"Produto da demonstração","price":1.00,"category":"demo"}'
 expect 'the next list comes from PostgreSQL' '200 redis; fwd=miss' GET /products
 claim 'and has the product' has "$body" "\"id\":$id,"
 

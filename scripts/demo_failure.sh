@@ -15,7 +15,7 @@ restore() {
   if [[ -n $id ]]; then wait_for 60 deleted; fi
 } >/dev/null 2>&1
 deleted() { request DELETE "/products/$id" && [[ $status == 204 || $status == 404 ]]; }
-trap restore EXIT
+at_exit restore
 
 # recovers: waits until the service is healthy, and says how long that took.
 recovers() {
@@ -33,8 +33,7 @@ title '1. Everything runs'
 show_stack
 expect 'the service is healthy' '200 *"status":"healthy"' GET /health
 claim 'the cache is in use' wait_for 20 cache_in_use
-expect 'a product is created' 201 POST /products '{"name":"Produto da demonstração","price":1.00,"category":"demo"}'
-id=$(field id)
+create_product 'a product is created' '{"name":"Produto da demonstração","price":1.00,"category":"demo"}'
 request GET "/products/$id"
 expect 'and cached' '200 redis; hit' GET "/products/$id"
 

@@ -24,7 +24,7 @@ restore() {
   ./scripts/clean.sh
   rm -rf "$folder"
 } >/dev/null 2>&1
-trap restore EXIT
+at_exit restore
 
 # position SERVICE EVENT: its line among the events that were not told yet. tell shows those, with their seconds.
 position() { tail -n "+$((told + 1))" "$journal" | grep -nF "$project-$1 $2" | cut -d : -f 1; }

@@ -10,7 +10,6 @@ attach
 id='' holder="demo_stale $$" # the session that holds the product's row for a moment
 # Also when the script is interrupted: no row is held, no key and no mark of ours is left, and the product is gone.
 restore() {
-  trap '' INT TERM
   set +e # one that fails does not keep the others from being tried
   let_go
   wait # for a session that was only about to hold the row: it ends by itself
@@ -20,6 +19,7 @@ restore() {
 } >/dev/null 2>&1
 let_go() { sql "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '$holder'" >/dev/null; }
 row_is_held() { is "$(sql "SELECT wait_event FROM pg_stat_activity WHERE application_name = '$holder'")" PgSleep; }
+at_exit restore
 
 # ---------------------------------------------------------------- a timeline in two columns
 
@@ -72,11 +72,7 @@ keys() {
 
 title 'A product that costs 1.00'
 claim 'the cache is in use' wait_for 20 cache_in_use
-trap '' INT TERM # an interrupt just now would leave a product whose id nobody knows
-expect 'it is created' 201 POST /products '{"name":"Café","price":1.00,"category":"demo"}'
-id=$(field id)
-trap restore EXIT
-trap 'exit 130' INT TERM
+create_product 'it is created' '{"name":"Café","price":1.00,"category":"demo"}'
 if ((failed)); then verdict; fi # which ends this script
 
 title '1. Cache-aside as everybody writes it, and a slow reader'

@@ -176,9 +176,7 @@ as_before() {
   docker rmi "$stack-web:3" "$stack-web:2" "$stack-web"
   is "$(swarm) $(made)" "$before "
 }
-trap clean_up EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+at_exit clean_up
 
 # ---------------------------------------------------------------- the demonstration
 

@@ -10,8 +10,17 @@ state=${DESAFIO3_STATE:-$PWD/.local} # data, logs and pids of the stack without 
 marker=$state/made-by-desafio3 # the file that says so: clean.sh removes no folder without it
 
 # An interrupt ends the script, also where the program that it meets (docker, for one) takes it and ends as if
-# nothing had happened. The script's own trap for EXIT cleans up then, and a second interrupt does not stop that.
-trap 'trap "" INT; exit 130' INT
+# nothing had happened.
+trap 'exit 130' INT
+
+# at_exit COMMAND: runs it when the script ends, also when it is interrupted or told to end (SIGTERM): the command that
+# runs may finish first. Another signal does not stop the clean-up.
+at_exit() {
+  # shellcheck disable=SC2064 # the argument as it is now
+  trap "trap '' INT TERM; $1" EXIT
+  end_on_signals
+}
+end_on_signals() { trap 'exit 130' INT && trap 'exit 143' TERM; }
 
 # ---------------------------------------------------------------- words
 
@@ -338,6 +347,15 @@ attach() {
     url=$(docker port "$project-web" 8000 2>/dev/null | head -n 1) || die "$not_running"
   fi
   url=http://${url/#0.0.0.0/127.0.0.1}
+}
+
+# create_product WHAT JSON: claims that a product is created, and leaves its number in $id. An interrupt in between, which
+# would leave a product that nobody knows, is ignored. For a script that has said what to do at_exit.
+create_product() {
+  trap '' INT TERM
+  expect "$1" 201 POST /products "$2"
+  id=$(field id)
+  end_on_signals
 }
 
 # delete_product: deletes the product $id that a script has made, if it has not done so itself.

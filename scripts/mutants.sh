@@ -15,7 +15,7 @@ copy=$(mktemp -d)
 chmod 711 "$copy" # for the user that PostgreSQL runs as
 export TEST_DIR=$copy/state POSTGRES_ARGS='-c fsync=off'
 
-trap 'remove_servers "$TEST_DIR" && rm -rf "$copy"' EXIT
+at_exit 'remove_servers "$TEST_DIR" && rm -rf "$copy"'
 private_servers "$TEST_DIR"
 
 wanted=" $* " survivors=0

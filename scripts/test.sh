@@ -8,7 +8,7 @@ attach
 
 id=''
 # Also when the script is interrupted.
-trap delete_product EXIT
+at_exit delete_product
 
 title '1. Information and health'
 expect 'the service introduces itself' '200 *"endpoints"' GET /
@@ -21,9 +21,8 @@ expect 'it counts what the cache does' '200 *"hit_rate"' GET /stats
 products=$(field products)
 
 title '2. Create and read'
-expect 'a product is created' 201 POST /products \
+create_product 'a product is created' \
   '{"name":"Produto Teste","description":"Descrição do produto","price":99.99,"stock":100,"category":"test"}'
-id=$(field id)
 claim 'its price is exact' is "$(field price)" 99.99
 expect 'the first read comes from PostgreSQL' '200 redis; fwd=miss' GET "/products/$id"
 first=$body

@@ -7,12 +7,11 @@ source scripts/lib.sh
 attach
 
 id=''
-trap delete_product EXIT
+at_exit delete_product
 name="Teste de comunicação $$"
 
 title '1. Web to PostgreSQL'
-expect 'the service creates a product' 201 POST /products "{\"name\":\"$name\",\"price\":10.00}"
-id=$(field id)
+create_product 'the service creates a product' "{\"name\":\"$name\",\"price\":10.00}"
 row=$(sql "SELECT name FROM products WHERE id = ${id:-0}")
 say "psql: SELECT name FROM products WHERE id = $id  ->  $row"
 claim 'PostgreSQL has it' is "$row" "$name"
