@@ -165,14 +165,9 @@ fresh_clone() {
   fi
 }
 
-# beside_swarm COMMAND...: an engine that leaves a swarm forgets the names of the containers that run. demo_swarm.sh, also
-# that of another check, does not leave its swarm while somebody holds this lock.
-beside_swarm() {
-  exec 9<"$(command -v docker)"
-  if have flock; then flock --shared 9; fi
-  "$@"
-}
-in_swarm() { is "$(docker info -f '{{.Swarm.LocalNodeState}}')" active; }
+# beside_swarm COMMAND...: runs it while demo_swarm.sh, also that of another check, may not leave its swarm.
+beside_swarm() { lock_engine --shared && "$@"; }
+in_swarm() { is "$(swarm_state)" active; }
 
 # ---------------------------------------------------------------- the run
 
@@ -200,7 +195,7 @@ reason=$(why_not_docker)
 if [[ -n $reason ]]; then
   say "with Docker: left out, $reason"
 else
-  if have flock && ! in_swarm && [[ -z $(docker ps -q -f label=com.docker.compose.project) ]]; then
+  if have flock && ! in_swarm && [[ -z $(compose_containers) ]]; then
     step 'demo_swarm.sh' ./scripts/demo_swarm.sh
     until in_swarm || gone $!; do sleep 0.1; done # it refuses an engine where stacks of Compose run
   else

@@ -10,7 +10,8 @@ source scripts/lib.sh
 { have docker && docker compose version && docker info; } >/dev/null 2>&1 ||
   die 'this demonstration needs a Docker engine with Compose v2, and none answers here'
 WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
-export DESAFIO3_MODE=docker BIND_ADDRESS=127.0.0.1 WEB_PORT POSTGRES_PORT REDIS_PORT
+mode=docker
+export DESAFIO3_MODE=$mode BIND_ADDRESS=127.0.0.1 WEB_PORT POSTGRES_PORT REDIS_PORT
 
 # The engine says when a container starts, ends, or changes its health. "docker events" writes it down meanwhile.
 folder=$(mktemp -d) journal=$folder/journal told=0
@@ -41,9 +42,7 @@ run() {
   say "\$ $(printf '%q ' "$@")"
   "$@" >"$folder/output" 2>&1 && return
   cat "$folder/output"
-  docker compose ps --all
-  # shellcheck disable=SC2046 # names
-  docker compose logs --tail 20 $(docker compose ps --all --format '{{.Service}} {{.Health}}' | sed -n '/ healthy$/!s/ .*//p')
+  show_unhealthy
   die "this failed: $*"
 }
 # --wait: until all are healthy, or one of them is not.

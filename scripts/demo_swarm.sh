@@ -7,7 +7,7 @@
 #   ./scripts/demo_swarm.sh --use-this-swarm     # in the swarm of one node that this machine already is
 #
 # Everything that the script made is removed in the end. An engine that leaves a swarm forgets the names of the
-# containers that run (https://github.com/moby/moby/issues/45144), so stacks of Compose have to be stopped before.
+# containers that run, so stacks of Compose have to be stopped before.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
@@ -130,9 +130,8 @@ case "$(docker info -f '{{.Swarm.LocalNodeState}} {{.Swarm.Nodes}}' 2>/dev/null 
 active*) die 'this engine is in a swarm: --use-this-swarm makes the stack there if it has this node alone, a manager' ;;
 *) die 'an engine in no swarm is needed and no argument, or one in a swarm and --use-this-swarm' ;;
 esac
-others() { docker ps -f label=com.docker.compose.project --format '{{.Names}}' | paste -s -d ' ' -; }
-[[ -z $ours || -z $(others) ]] ||
-  die "when the engine leaves the swarm in the end, these would not find each other by name any more: $(others)
+[[ -z $ours || -z $(compose_containers) ]] ||
+  die "when the engine leaves the swarm in the end, these would not find each other by name any more: $(compose_containers)
   Stop their stacks first (./scripts/stop.sh), and start them afterwards (./scripts/start.sh)."
 
 # made: what has the names of this script's things.
@@ -142,9 +141,8 @@ made() {
   docker network ls -q -f "name=${stack}_"
   docker images -q "$stack-web"
 }
-swarm() { docker info -f '{{.Swarm.LocalNodeState}}'; }
 [[ -z $(made) ]] || die "there are containers, volumes, networks or images named $stack..., which this script would remove"
-before=$(swarm) bridge=$(docker network ls -q -f name=docker_gwbridge) # Swarm makes it, and leaves it behind
+before=$(swarm_state) bridge=$(docker network ls -q -f name=docker_gwbridge) # Swarm makes it, and leaves it behind
 node='' # if its label is ours
 tmp=$(mktemp -d)
 
@@ -154,13 +152,10 @@ clean_up() {
   trap : INT TERM # a signal ends the wait for the lock, but not the removal
   title 'Removing all of it'
   wait_for 90 stack_removed >/dev/null 2>&1 || true
-  if [[ -n $ours ]] && have flock; then
-    exec 9<"$(command -v docker)"
-    flock 9 || true
-  fi
+  if [[ -n $ours ]]; then lock_engine --exclusive || true; fi
   rm -rf "$tmp"
   wait_for 90 as_before >/dev/null 2>&1 || die "something is left: docker ps -a, docker volume ls and docker images show it"
-  if [[ -n $ours && -n $(others) ]]; then say "Started meanwhile, these do not find each other by name any more: docker restart $(others)"; fi
+  if [[ -n $ours && -n $(compose_containers) ]]; then say "Started meanwhile, these do not find each other by name any more: docker restart $(compose_containers)"; fi
 }
 stack_removed() {
   docker rm -f -v "$clients"
@@ -174,7 +169,7 @@ as_before() {
   if [[ -z $bridge ]]; then docker network rm docker_gwbridge; fi
   docker volume rm "${stack}_swarm_postgres" "${stack}_swarm_redis"
   docker rmi "$stack-web:3" "$stack-web:2" "$stack-web"
-  is "$(swarm) $(made)" "$before "
+  is "$(swarm_state) $(made)" "$before "
 }
 at_exit clean_up
 

@@ -303,6 +303,20 @@ why_not_docker() {
 project_label="label=com.docker.compose.project=$project"
 folder_label=com.docker.compose.project.working_dir
 
+# compose_containers: those that run in stacks of Compose, whosever they are, in a line. swarm_state: active or inactive.
+compose_containers() { docker ps -f label=com.docker.compose.project --format '{{.Names}}' | paste -s -d ' ' -; }
+swarm_state() { docker info -f '{{.Swarm.LocalNodeState}}'; }
+
+# lock_engine --shared|--exclusive: until this shell ends. An engine that leaves a swarm forgets the names of the containers that run
+# (https://github.com/moby/moby/issues/45144). So demo_swarm.sh takes the lock before it leaves its swarm, and check.sh
+# shares it while it runs stacks of Compose.
+lock_engine() {
+  if have flock; then
+    exec 9<"$(command -v docker)"
+    flock "$1" 9
+  fi
+}
+
 # running_mode: prints "local" or "docker", whichever stack is there; DESAFIO3_MODE decides if it is set.
 running_mode() {
   local containers
@@ -382,6 +396,21 @@ show_stack() {
   else
     ps -o pid,stat,etime,args -p "$(grep -hsm 1 . "$state"/{postgres/data/postmaster,redis,web}.pid | paste -sd , -)" | cut -c -100
   fi | sed 's/^/  /'
+}
+
+# what_it_logged: the last lines of its input, without those of the health checks.
+what_it_logged() { grep -v path=/health | tail -n 20 | sed 's/^/    | /' || true; }
+
+# show_unhealthy: which containers run, and what those that are not healthy have logged.
+show_unhealthy() {
+  local service status
+  show_stack
+  while read -r service status; do
+    if ! has "$status" '(healthy)'; then
+      title "The log of $service"
+      docker compose logs --no-log-prefix --tail 200 "$service" 2>&1 | what_it_logged
+    fi
+  done < <(docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}')
 }
 
 # cache_in_use: the service is connected to Redis a moment before it has made sure that it can trust it.

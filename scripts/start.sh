@@ -20,9 +20,6 @@ export DESAFIO3_VERSION
 # need_port NAME PORT: refuses it by name where something listens on it.
 need_port() { ! port_taken "$2" || die "port $2 is already in use: stop what uses it, or choose another one with $1=..."; }
 
-# what_it_logged: the last lines, without those of the health checks.
-what_it_logged() { grep -v path=/health | tail -n 20 | sed 's/^/    | /' || true; }
-
 # same_password: asks before the service does, which would only try again and again.
 same_password() {
   sql 'SELECT 1' >/dev/null || die "PostgreSQL refuses the user, the password or the database of these settings: its data was made
@@ -30,7 +27,7 @@ same_password() {
 }
 
 start_docker() {
-  local config published name port target volume service status
+  local config published name port target volume
   title 'Starting with Docker Compose'
   if [[ -e $state ]]; then say "What the stack without Docker holds stays in $state."; fi
   own_stack
@@ -53,13 +50,7 @@ start_docker() {
   wait_for 6 none_unhealthy || true
   if docker compose up --detach --wait --wait-timeout 90 postgres redis && same_password &&
     docker compose up --build --detach --wait --wait-timeout 90; then return 0; fi
-  show_stack
-  while read -r service status; do
-    if ! has "$status" '(healthy)'; then
-      title "The log of $service"
-      docker compose logs --no-log-prefix --tail 200 "$service" 2>&1 | what_it_logged
-    fi
-  done < <(docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}')
+  show_unhealthy
   die 'the stack did not become healthy'
 }
 
