@@ -252,7 +252,7 @@ func bareHandler() http.Handler {
 		if !known {
 			body, _ = bodies.LoadOrStore(path, []byte(must(service.trySend("GET", path, "")).body))
 		}
-		respond(w, status, body.([]byte))
+		respond(w, status, "application/json", body.([]byte))
 	})
 }
 

@@ -177,9 +177,9 @@ func (c *Cache) Get(ctx context.Context, key string, load func(context.Context) 
 	select {
 	case <-mine.done:
 	case <-ctx.Done():
-		return nil, "", ctx.Err()
+		return nil, bypass, ctx.Err()
 	case <-time.After(lookupTimeout):
-		return nil, "", context.DeadlineExceeded
+		return nil, bypass, context.DeadlineExceeded
 	}
 	c.requests[mine.source].Add(1)
 	return mine.body, mine.source, mine.err
@@ -309,7 +309,7 @@ func (c *Cache) Write(ctx context.Context, keys []string, change func(context.Co
 		return err
 	}
 	defer conn.Close() // returns it to the pool
-	ctx = sendBefore{context.WithoutCancel(ctx), time.Now().Add(sendTimeout)}
+	ctx = context.WithValue(context.WithoutCancel(ctx), sendBefore{}, time.Now().Add(sendTimeout))
 
 	token := rand.Text()
 	announced := c.mark(announceScript, keys, token) == nil

@@ -279,7 +279,7 @@ func TestFailedWrites(t *testing.T) {
 	// The table's CHECK refuses it.
 	fails(be.commit(-1), hit, func(err error) bool { return err != nil && !unavailable(err) })
 	fails(func(ctx context.Context, conn *sql.Conn) error {
-		limit, _ := ctx.Deadline()
+		limit := ctx.Value(sendBefore{}).(time.Time)
 		time.Sleep(time.Until(limit) + time.Millisecond) // as a process that was stopped
 		return be.commit(1)(ctx, conn)
 	}, hit, unavailable)

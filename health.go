@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -22,10 +24,8 @@ var release string
 
 // version returns the version of this program: of the image, or as Go's build has read it from git.
 func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && release == "" {
-		return info.Main.Version
-	}
-	return cmp.Or(release, "unknown")
+	info, _ := debug.ReadBuildInfo() // in every binary that "go build" makes
+	return cmp.Or(release, info.Main.Version)
 }
 
 // index answers GET /.
@@ -41,30 +41,35 @@ func (s *server) index(w http.ResponseWriter, r *http.Request) error {
 	}{"desafio3", version(), list})
 }
 
-// A service is the state of one of the three in GET /services.
+// A service is the state of one of the three in GET /services. The last fields are for this service alone. The hostname
+// tells replicas apart: in a container it is the container's id.
 type service struct {
-	Status  string  `json:"status"` // connected or disconnected; running for the service itself
-	Address string  `json:"address"`
-	Version string  `json:"version,omitempty"`
-	Latency float64 `json:"latency_ms"`
+	Status   string  `json:"status"` // connected or disconnected; running for this service
+	Address  string  `json:"address"`
+	Version  string  `json:"version,omitempty"`
+	Latency  float64 `json:"latency_ms"`
+	Uptime   string  `json:"uptime,omitempty"`
+	Hostname string  `json:"hostname,omitempty"`
+	Go       string  `json:"go,omitempty"`
 }
 
 // probe asks a server for its version. It ends after healthTimeout even where ask does not, because a driver may be late
 // to notice that a server has fallen silent.
 func probe(host, port string, ask func() (string, error)) service {
 	result := service{Status: "disconnected", Address: net.JoinHostPort(host, port)}
-	found := make(chan service, 1)
+	answered := make(chan string, 1)
 	began := time.Now()
 	go func() {
-		version, err := ask()
-		if err == nil {
-			found <- service{"connected", result.Address, version, milliseconds(time.Since(began))}
-		} else {
-			found <- result
+		defer close(answered)
+		if version, err := ask(); err == nil {
+			answered <- version
 		}
 	}()
 	select {
-	case result = <-found:
+	case version, ok := <-answered:
+		if ok {
+			result.Status, result.Version, result.Latency = "connected", version, milliseconds(time.Since(began))
+		}
 	case <-time.After(healthTimeout):
 	}
 	return result
@@ -80,18 +85,15 @@ FROM (SELECT count(id) FROM (SELECT id FROM products LIMIT 1) AS one) AS ready`
 
 // probes asks PostgreSQL and Redis at the same time.
 func (s *server) probes() (postgres, redis service) {
-	done := make(chan bool)
-	go func() {
-		redis = probe(s.cfg.redisHost, s.cfg.redisPort, s.cache.Version)
-		close(done)
-	}()
+	var asking sync.WaitGroup
+	asking.Go(func() { redis = probe(s.cfg.redisHost, s.cfg.redisPort, s.cache.Version) })
 	postgres = probe(s.cfg.postgresHost, s.cfg.postgresPort, func() (version string, err error) {
 		ctx, cancel := context.WithTimeout(context.Background(), queryTimeout)
 		defer cancel()
 		err = s.db.QueryRowContext(ctx, selectVersion).Scan(&version)
 		return version, err
 	})
-	<-done
+	asking.Wait()
 	return postgres, redis
 }
 
@@ -115,41 +117,31 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) error {
 	}{status, postgres.Status, cache.Status, time.Now().UTC()})
 }
 
-// services answers GET /services. The hostname tells replicas apart: in a container it is the container's id.
+// services answers GET /services.
 func (s *server) services(w http.ResponseWriter, r *http.Request) error {
 	postgres, cache := s.probes()
 	hostname, _ := os.Hostname()
-	type web struct {
-		service
-		Uptime   string `json:"uptime"`
-		Hostname string `json:"hostname"`
-		Go       string `json:"go"`
-	}
+	uptime := time.Since(s.started).Round(time.Second).String()
 	return respondJSON(w, http.StatusOK, struct {
-		Web      web     `json:"web"`
+		Web      service `json:"web"`
 		Postgres service `json:"postgres"`
 		Redis    service `json:"redis"`
 	}{
-		web{service{"running", r.Host, version(), 0}, time.Since(s.started).Round(time.Second).String(), hostname, runtime.Version()},
-		postgres, cache,
+		service{"running", r.Host, version(), 0, uptime, hostname, runtime.Version()}, postgres, cache,
 	})
 }
 
-// selectStats adds up category by category first, so that the whole table is read once.
+// selectStats gives the figures of the catalogue as JSON. It adds up category by category first, so that the whole table is
+// read once.
 const selectStats = `
-SELECT coalesce(sum(products), 0), coalesce(sum(stock), 0), coalesce(sum(value), 0),
-       coalesce(json_object_agg(category, products ORDER BY category), '{}')
+SELECT json_build_object(
+    'products',              coalesce(sum(products), 0),
+    'total_stock',           coalesce(sum(stock), 0),
+    'inventory_value',       coalesce(sum(value), 0),
+    'products_per_category', coalesce(json_object_agg(category, products ORDER BY category), '{}'))
 FROM (SELECT category, count(*) AS products, sum(stock) AS stock, sum(price * stock) AS value
       FROM products
       GROUP BY category) AS categories`
-
-// databaseStats are the figures of the catalogue in GET /stats.
-type databaseStats struct {
-	Products   int64           `json:"products"`
-	Stock      json.Number     `json:"total_stock"`
-	Value      json.Number     `json:"inventory_value"`
-	Categories json.RawMessage `json:"products_per_category"`
-}
 
 // A poolStats is a pool's connections, and how often and how long in all somebody waited for one.
 type poolStats struct {
@@ -166,18 +158,15 @@ type poolStats struct {
 func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
 	defer cancel()
-	var db databaseStats
-	err := s.db.QueryRowContext(ctx, selectStats).Scan(&db.Products, &db.Stock, &db.Value, (*[]byte)(&db.Categories))
-	if err != nil {
+	var catalogue []byte
+	if err := s.db.QueryRowContext(ctx, selectStats).Scan(&catalogue); err != nil {
 		return err
 	}
 	d, c := s.db.Stats(), s.cache.pool.Stats()
-	return respondJSON(w, http.StatusOK, struct {
-		Cache    CacheStats           `json:"cache"`
-		Database databaseStats        `json:"database"`
-		Pools    map[string]poolStats `json:"pools"`
-	}{
-		s.cache.Stats(), db, map[string]poolStats{
+	return respondJSON(w, http.StatusOK, map[string]any{
+		"cache":    s.cache.Stats(),
+		"database": json.RawMessage(catalogue),
+		"pools": map[string]poolStats{
 			"postgres": {d.OpenConnections, d.InUse, d.Idle, d.MaxOpenConnections, d.WaitCount, milliseconds(d.WaitDuration)},
 			"redis":    {c.ActiveCount, c.ActiveCount - c.IdleCount, c.IdleCount, s.cache.pool.MaxActive, c.WaitCount, milliseconds(c.WaitDuration)},
 		},
@@ -185,43 +174,36 @@ func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
 }
 
 // healthCommand is `web health`: it asks the service on this machine, for a container's health check.
-func healthCommand(cfg config) int {
+func healthCommand(cfg config) error {
 	client := http.Client{Timeout: 3 * time.Second}
 	response, err := client.Get("http://" + net.JoinHostPort(cmp.Or(cfg.bindAddress, "127.0.0.1"), cfg.port) + "/health")
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
+		return err
 	}
 	defer response.Body.Close()
-	fmt.Println(response.Status)
 	if response.StatusCode != http.StatusOK {
-		return 1
+		return errors.New(response.Status)
 	}
-	return 0
+	return nil
 }
 
 // pingCommand is `web ping [-c N] HOST[:PORT]`: it resolves a name, which inside a container is a question to Docker's own
 // DNS, and connects to the port that the service would use there. It does so N times, a second apart, with a line for
-// each, and returns 0 if any try succeeded. The real ping sends ICMP packets, for which it needs a right that this
+// each, and its error says that none succeeded. The real ping sends ICMP packets, for which it needs a right that this
 // container does not have; and a connection shows more, namely that a server listens.
-func pingCommand(ctx context.Context, cfg config, args []string) int {
+func pingCommand(ctx context.Context, cfg config, args []string) error {
 	flags := flag.NewFlagSet("ping", flag.ContinueOnError)
-	flags.Usage = func() { fmt.Fprintln(flags.Output(), "usage: ping [-c N] HOST[:PORT]") }
+	flags.Usage = func() {} // run prints errUsage
 	count := flags.Int("c", 4, "how many times")
-	if flags.Parse(args) != nil {
-		return 2
-	}
-	if flags.NArg() != 1 || *count < 1 {
-		flags.Usage()
-		return 2
+	if flags.Parse(args) != nil || flags.NArg() != 1 || *count < 1 {
+		return errUsage
 	}
 	address := flags.Arg(0)
 	if _, _, err := net.SplitHostPort(address); err != nil {
 		ports := map[string]string{cfg.postgresHost: cfg.postgresPort, cfg.redisHost: cfg.redisPort, "postgres": cfg.postgresPort, "redis": cfg.redisPort}
 		port, ok := ports[address]
 		if !ok {
-			fmt.Fprintf(os.Stderr, "ping: which port of %s? Say HOST:PORT\n", address)
-			return 2
+			return fmt.Errorf("ping: which port of %s? Say HOST:PORT\n%w", address, errUsage)
 		}
 		address = net.JoinHostPort(address, port)
 	}
@@ -243,7 +225,7 @@ func pingCommand(ctx context.Context, cfg config, args []string) int {
 	}
 	fmt.Printf("%d tries, %d connected\n", *count, reached)
 	if reached == 0 {
-		return 1
+		return errors.New("ping: no answer from " + address)
 	}
-	return 0
+	return nil
 }

@@ -17,9 +17,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"mime"
 	"net"
 	"net/http"
 	"net/netip"
@@ -43,7 +41,6 @@ const (
 	queryTimeout    = 2500 * time.Millisecond // until a connection of the pool is free and the statement sent
 	drainTime       = 2 * time.Second         // for which a balancer may still send requests to a service that stops
 	shutdownTimeout = 10 * time.Second        // for the requests in flight after that
-	maxBody         = 1 << 20
 )
 
 // The binary carries the schema with it, so that an empty database is all it needs.
@@ -53,7 +50,8 @@ var schema string
 
 func main() { os.Exit(run(os.Args)) }
 
-// run is the program: it serves, or is one of the subcommands, and returns the exit status.
+// run is the program: it serves, or is one of the subcommands, and returns the exit status: 2 for what its caller has to
+// change, arguments or environment, and 1 for what went wrong.
 func run(args []string) int {
 	if filepath.Base(args[0]) == "ping" { // a link in the image
 		args = append([]string{"web", "ping"}, args[1:]...)
@@ -65,22 +63,28 @@ func run(args []string) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
+	err = errUsage
 	switch {
 	case len(args) == 1:
-		slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
-		if err := serve(ctx, cfg); err != nil {
-			slog.Error("stopped", "error", err)
-			return 1
-		}
-		return 0
+		err = serve(ctx, cfg)
 	case args[1] == "health" && len(args) == 2:
-		return healthCommand(cfg)
+		err = healthCommand(cfg)
 	case args[1] == "ping":
-		return pingCommand(ctx, cfg, args[2:])
+		err = pingCommand(ctx, cfg, args[2:])
 	}
-	fmt.Fprintln(os.Stderr, "usage: web [health | ping [-c N] HOST[:PORT]]")
-	return 2
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintln(os.Stderr, err)
+	if errors.Is(err, errUsage) {
+		return 2
+	}
+	return 1
 }
+
+// errUsage is the error of arguments that make no sense.
+var errUsage = errors.New("usage: web [health | ping [-c N] HOST[:PORT]]")
 
 // A config holds the settings, all from the environment.
 type config struct {
@@ -294,9 +298,9 @@ func (s *server) handler() http.Handler {
 	})
 }
 
-// A recorder is a ResponseWriter that notes what is sent, for the access log. It also holds back what the router itself
-// answers when no pattern matches: that is plain text, and respondError says the same as a problem. The header Allow,
-// which the router sets with a 405, stays.
+// A recorder is a ResponseWriter that notes what is sent, for the access log; every answer here begins with WriteHeader.
+// It also holds back what the router itself answers when no pattern matches: that is plain text, and respondError says
+// the same as a problem. The header Allow, which the router sets with a 405, stays.
 type recorder struct {
 	http.ResponseWriter
 	request                *http.Request
@@ -316,9 +320,6 @@ func (rec *recorder) Write(b []byte) (int, error) {
 	if rec.refused != 0 && rec.status == 0 {
 		return len(b), nil
 	}
-	if rec.status == 0 {
-		rec.status = http.StatusOK
-	}
 	n, err := rec.ResponseWriter.Write(b)
 	rec.bytes += n
 	return n, err
@@ -335,12 +336,15 @@ type problem struct {
 
 func (p *problem) Error() string { return p.Detail }
 
-// respondError is where errors become responses. A problem is sent as it is; that PostgreSQL or Redis is
-// unavailable is said without saying how; anything else is a bug, is logged, and remains hidden.
+// respondError is where errors become responses. A problem is sent as it is; a row that is not there is a product that
+// does not exist; that PostgreSQL or Redis is unavailable is said without saying how; anything else is a bug, is
+// logged, and remains hidden.
 func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	p, ok := errors.AsType[*problem](err)
 	switch {
 	case ok:
+	case errors.Is(err, sql.ErrNoRows): // only a statement about the product in the path can find nothing
+		p = &problem{Status: http.StatusNotFound, Detail: fmt.Sprintf("product %s does not exist", r.PathValue("id"))}
 	case r.Context().Err() != nil: // the client has gone away: nobody reads this
 		p = &problem{Status: 499, Detail: "the client closed the connection"}
 	case unavailable(err):
@@ -353,17 +357,15 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	if p.Status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "1")
 	}
-	w.Header().Set("Content-Type", "application/problem+json")
 	answer := *p // a copy, since the error of a shared lookup goes to several requests
 	answer.Title = http.StatusText(p.Status)
-	_ = respondJSON(w, p.Status, answer) // texts can always be encoded
+	body, _ := encode(answer) // texts can always be encoded
+	respond(w, p.Status, "application/problem+json", body)
 }
 
-// respond sends a whole body with its length, as JSON if no other type is set.
-func respond(w http.ResponseWriter, status int, body []byte) {
-	if w.Header().Get("Content-Type") == "" {
-		w.Header().Set("Content-Type", "application/json")
-	}
+// respond sends a whole body, with its type and its length.
+func respond(w http.ResponseWriter, status int, mediaType string, body []byte) {
+	w.Header().Set("Content-Type", mediaType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
 	_, _ = w.Write(body) // an error means that the client has gone
@@ -373,7 +375,7 @@ func respond(w http.ResponseWriter, status int, body []byte) {
 func respondJSON(w http.ResponseWriter, status int, v any) error {
 	body, err := encode(v)
 	if err == nil {
-		respond(w, status, body)
+		respond(w, status, "application/json", body)
 	}
 	return err
 }
@@ -386,24 +388,6 @@ func encode(v any) ([]byte, error) {
 	enc.SetEscapeHTML(false)
 	err := enc.Encode(v)
 	return buf.Bytes(), err
-}
-
-// readBody returns the body of a request that must be JSON. The error is a problem.
-func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
-		return nil, &problem{Status: http.StatusUnsupportedMediaType, Detail: "send Content-Type: application/json"}
-	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	if _, large := errors.AsType[*http.MaxBytesError](err); large {
-		return nil, &problem{Status: http.StatusRequestEntityTooLarge, Detail: "the body is larger than 1 MiB"}
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return nil, &problem{Status: http.StatusRequestTimeout, Detail: "the body took too long to arrive"}
-	}
-	if err != nil {
-		return nil, badRequest("the body could not be read")
-	}
-	return body, nil
 }
 
 // badRequest returns the problem of a request that cannot be understood.
@@ -460,22 +444,20 @@ func (c *impatientConn) Read(b []byte) (int, error) {
 // openDatabase returns a pool, which connects when it is used, and the DSN behind it. The DSN tells PostgreSQL to end by
 // itself what takes longer than statementTimeout, for example because it waits for a lock.
 func openDatabase(cfg config) (*sql.DB, string, error) {
+	// The trigger in schema.sql knows the service's own writes by the application_name. With binary_parameters a query is
+	// one round trip.
+	dsn := fmt.Sprintf("application_name=desafio3 connect_timeout=1 statement_timeout=%d timezone=UTC binary_parameters=yes",
+		statementTimeout.Milliseconds())
 	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`)
-	dsn := ""
 	for name, value := range map[string]string{
-		"host":              cfg.postgresHost,
-		"port":              cfg.postgresPort,
-		"user":              cfg.postgresUser,
-		"password":          cfg.postgresPassword,
-		"dbname":            cfg.postgresDB,
-		"sslmode":           cfg.postgresSSLMode,
-		"application_name":  "desafio3", // the trigger in schema.sql knows the service's own writes by it
-		"connect_timeout":   "1",
-		"timezone":          "UTC",
-		"statement_timeout": strconv.FormatInt(statementTimeout.Milliseconds(), 10),
-		"binary_parameters": "yes", // one round trip a query
+		"host":     cfg.postgresHost,
+		"port":     cfg.postgresPort,
+		"user":     cfg.postgresUser,
+		"password": cfg.postgresPassword,
+		"dbname":   cfg.postgresDB,
+		"sslmode":  cfg.postgresSSLMode,
 	} {
-		dsn += fmt.Sprintf("%s='%s' ", name, quote.Replace(value))
+		dsn += fmt.Sprintf(" %s='%s'", name, quote.Replace(value))
 	}
 	connector, err := pq.NewConnector(dsn)
 	if err != nil {
@@ -503,7 +485,7 @@ func applySchema(ctx context.Context, db *sql.DB) {
 func repeat(ctx context.Context, what string, f func() (done bool, err error)) {
 	ticker := time.NewTicker(heartbeat)
 	defer ticker.Stop()
-	for last := ""; ; {
+	for last := ""; ctx.Err() == nil; {
 		done, err := f()
 		if done || ctx.Err() != nil {
 			return
@@ -516,7 +498,6 @@ func repeat(ctx context.Context, what string, f func() (done bool, err error)) {
 		}
 		select {
 		case <-ctx.Done():
-			return
 		case <-ticker.C:
 		}
 	}

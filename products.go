@@ -9,9 +9,11 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"mime"
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -104,9 +106,8 @@ const maxPage = 1000
 // "after the last id that you have seen" finds its place by the index, however far it is, and is right while others
 // create and delete products. OFFSET is neither.
 type page struct {
-	after    int64
-	limit    int
-	category *string
+	after, limit int64
+	category     *string
 }
 
 // parsePage reads a query string. The parameters are checked in a fixed order, so that the same request always gets the
@@ -126,8 +127,8 @@ func parsePage(rawQuery string) (page, error) {
 			ok = utf8.ValidString(value) && !strings.Contains(value, "\x00") && utf8.RuneCountInString(value) <= 100
 		case "limit":
 			rule = fmt.Sprintf("a number from 1 to %d", maxPage)
-			p.limit, err = strconv.Atoi(value)
-			ok = err == nil && p.limit >= 1 && p.limit <= maxPage && strconv.Itoa(p.limit) == value
+			p.limit, ok = parseID(value)
+			ok = ok && p.limit <= maxPage
 		case "after":
 			rule = "an id"
 			p.after, ok = parseID(value)
@@ -146,7 +147,7 @@ func parsePage(rawQuery string) (page, error) {
 
 // next returns the path of the page that begins after an id.
 func (p *page) next(after int64) string {
-	query := url.Values{"limit": {strconv.Itoa(p.limit)}, "after": {strconv.FormatInt(after, 10)}}
+	query := url.Values{"limit": {strconv.FormatInt(p.limit, 10)}, "after": {strconv.FormatInt(after, 10)}}
 	if p.category != nil {
 		query.Set("category", *p.category)
 	}
@@ -171,8 +172,8 @@ func (s *server) listPage(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if list.Count > p.limit {
-		list.Count, list.Products = p.limit, list.Products[:p.limit]
+	if list.Count > int(p.limit) {
+		list.Count, list.Products = int(p.limit), list.Products[:p.limit]
 		list.Next = p.next(list.Products[p.limit-1].ID)
 	}
 	return respondJSON(w, http.StatusOK, list)
@@ -189,12 +190,12 @@ WHERE id = $1`
 func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
 	id, ok := parseID(r.PathValue("id"))
 	if !ok {
-		return noSuchProduct(r.PathValue("id"))
+		return sql.ErrNoRows
 	}
 	return s.respondCached(w, r, productKey(id), func(ctx context.Context) ([]byte, error) {
 		var p product
 		if err := p.scan(s.db.QueryRowContext(ctx, selectProduct, id)); err != nil {
-			return nil, missing(err, id)
+			return nil, err
 		}
 		return encode(&p)
 	})
@@ -204,13 +205,11 @@ func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
 // cached or not.
 func (s *server) respondCached(w http.ResponseWriter, r *http.Request, key string, load func(context.Context) ([]byte, error)) error {
 	body, from, err := s.cache.Get(r.Context(), key, load)
-	if from != "" {
-		w.Header().Set("Cache-Status", string(from))
-	}
+	w.Header().Set("Cache-Status", string(from))
 	if err != nil {
 		return err
 	}
-	respond(w, http.StatusOK, body)
+	respond(w, http.StatusOK, "application/json", body)
 	return nil
 }
 
@@ -254,7 +253,7 @@ RETURNING id, name, description, price, stock, category, created_at, updated_at`
 func (s *server) updateProduct(w http.ResponseWriter, r *http.Request) error {
 	id, ok := parseID(r.PathValue("id"))
 	if !ok {
-		return noSuchProduct(r.PathValue("id"))
+		return sql.ErrNoRows
 	}
 	f, err := readFields(w, r, false)
 	if err != nil {
@@ -265,7 +264,7 @@ func (s *server) updateProduct(w http.ResponseWriter, r *http.Request) error {
 		return p.scan(conn.QueryRowContext(ctx, updateProduct, id, f["name"], f["description"], f["price"], f["stock"], f["category"]))
 	})
 	if err != nil {
-		return missing(err, id)
+		return err
 	}
 	return respondJSON(w, http.StatusOK, &p)
 }
@@ -279,14 +278,14 @@ RETURNING id`
 func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
 	id, ok := parseID(r.PathValue("id"))
 	if !ok {
-		return noSuchProduct(r.PathValue("id"))
+		return sql.ErrNoRows
 	}
 	err := s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, func(ctx context.Context, conn *sql.Conn) error {
 		var deleted int64
 		return conn.QueryRowContext(ctx, deleteProduct, id).Scan(&deleted)
 	})
 	if err != nil {
-		return missing(err, id)
+		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
@@ -308,19 +307,6 @@ func productKey(id int64) string { return keyPrefix + strconv.FormatInt(id, 10) 
 func parseID(text string) (int64, bool) {
 	id, err := strconv.ParseInt(text, 10, 64)
 	return id, err == nil && id > 0 && strconv.FormatInt(id, 10) == text
-}
-
-// noSuchProduct returns the problem of an id that no product has.
-func noSuchProduct(id any) error {
-	return &problem{Status: http.StatusNotFound, Detail: fmt.Sprintf("product %v does not exist", id)}
-}
-
-// missing turns the error of a statement that found no row into a problem.
-func missing(err error, id int64) error {
-	if errors.Is(err, sql.ErrNoRows) {
-		return noSuchProduct(id)
-	}
-	return err
 }
 
 // fields are what a body sets, by name: a text, or a number's digits as they were sent. A field that was not sent is nil,
@@ -359,11 +345,23 @@ func isStock(digits string) bool {
 	return err == nil
 }
 
-// readFields reads, decodes and checks a request's body. The error is a problem.
+// maxBody is how many bytes a request's body may have.
+const maxBody = 1 << 20
+
+// readFields reads, decodes and checks a request's body, which must be JSON. The error is a problem.
 func readFields(w http.ResponseWriter, r *http.Request, creating bool) (fields, error) {
-	body, err := readBody(w, r)
+	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
+		return nil, &problem{Status: http.StatusUnsupportedMediaType, Detail: "send Content-Type: application/json"}
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	if _, large := errors.AsType[*http.MaxBytesError](err); large {
+		return nil, &problem{Status: http.StatusRequestEntityTooLarge, Detail: "the body is larger than 1 MiB"}
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil, &problem{Status: http.StatusRequestTimeout, Detail: "the body took too long to arrive"}
+	}
 	if err != nil {
-		return nil, err
+		return nil, badRequest("the body could not be read")
 	}
 	f, err := decodeFields(body)
 	if err == nil {
@@ -431,13 +429,9 @@ func (f fields) check(creating bool) error {
 // errTooLate says that a statement was not sent because it was too late for it.
 var errTooLate = errors.New("too late to send the statement")
 
-// A sendBefore is a context whose deadline is for sending a statement. It does not end one that has been sent.
-type sendBefore struct {
-	context.Context
-	deadline time.Time
-}
-
-func (s sendBefore) Deadline() (time.Time, bool) { return s.deadline, true }
+// sendBefore is the key under which a context says until when a statement may be sent. Unlike a context's own deadline
+// it does not end a statement that has been sent.
+type sendBefore struct{}
 
 // A preparer makes connections that prepare each query when they get it for the first time, so that PostgreSQL parses and
 // plans it once and not for every request. All queries are constants, so there are only a few.
@@ -456,7 +450,6 @@ type pqConn interface {
 	driver.Conn
 	driver.ConnPrepareContext
 	driver.ExecerContext
-	driver.NamedValueChecker
 	driver.SessionResetter
 	driver.Validator
 }
@@ -467,9 +460,9 @@ type preparingConn struct {
 	prepared map[string]driver.Stmt
 }
 
-// QueryContext sends a query unless the context's deadline has passed: then the error is errTooLate. Once it is sent the
-// context does not end it. Only statement_timeout does, at which PostgreSQL says that it has not made the change;
-// lib/pq would break the connection off instead, and nobody would know.
+// QueryContext sends a query unless it is too late by the context's sendBefore: then the error is errTooLate. Once it is
+// sent the context does not end it. Only statement_timeout does, at which PostgreSQL says that it has not made the
+// change; lib/pq would break the connection off instead, and nobody would know.
 func (c *preparingConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
 	stmt := c.prepared[query]
 	if stmt == nil {
@@ -479,7 +472,7 @@ func (c *preparingConn) QueryContext(ctx context.Context, query string, args []d
 		}
 		c.prepared[query] = stmt
 	}
-	if deadline, ok := ctx.Deadline(); ok && time.Now().After(deadline) {
+	if deadline, ok := ctx.Value(sendBefore{}).(time.Time); ok && time.Now().After(deadline) {
 		return nil, errTooLate
 	}
 	rows, err := stmt.(driver.StmtQueryContext).QueryContext(context.WithoutCancel(ctx), args)
