@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"net"
 	"runtime"
 	"strconv"
@@ -45,14 +44,18 @@ type Cache struct {
 	// The cache is trusted while trustedAt equals doubts. Every doubt adds one to doubts, so that a doubt which comes
 	// up while trust is being won back is never lost.
 	doubts, trustedAt atomic.Uint64
-	doubtedAt         atomic.Int64 // when, in Unix nanoseconds; a connection that was last used before is not used again
-	reachable         atomic.Bool  // Redis answered when it was last asked
-	listening         atomic.Bool  // the first LISTEN was acknowledged; pq.Listener repeats it after a reconnect
+	reachable         atomic.Bool // Redis answered when it was last asked
+	listening         atomic.Bool // the first LISTEN was acknowledged; pq.Listener repeats it after a reconnect
 
-	mu      sync.Mutex         // guards what follows
+	// Only whoever has the one connection to Redis uses these two.
+	refusal error  // of a command in its last batch
+	runID   string // of the process that it leads to
+
+	settled atomic.Int64 // when that process has settled, in nanoseconds after created
+	created time.Time    // when this cache was made; time.Since does not mind when somebody sets the clock
+
+	mu      sync.Mutex         // guards lookups
 	lookups map[string]*lookup // by key: the one that is running
-	runID   string             // of the Redis process that answered last
-	settled time.Time          // when that has settled
 
 	requests map[source]*atomic.Int64 // how many were answered, since this process started
 }
@@ -107,20 +110,16 @@ const (
 // needs dsn.
 func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 	c := &Cache{
-		cfg: cfg, db: db, commands: make(chan *command, 1000), lookups: map[string]*lookup{},
+		cfg: cfg, db: db, commands: make(chan *command, 1000), created: time.Now(), lookups: map[string]*lookup{},
 		requests: map[source]*atomic.Int64{hit: {}, miss: {}, bypass: {}},
 	}
 	c.doubts.Store(1)
 	c.reachable.Store(true) // until it is found not to be: even the first writer must announce itself
+	// One connection: the commands of all requests travel together, and a new connection is the only way to a new Redis.
+	// When Redis has refused a command there is a new one, too: somebody may have flushed the scripts, which connect loads.
 	c.pool = &redis.Pool{
-		DialContext: c.connect,
-		MaxActive:   2, MaxIdle: 2, Wait: true, IdleTimeout: 5 * time.Minute, // for sendCommands and for Run
-		TestOnBorrow: func(_ redis.Conn, used time.Time) error {
-			if used.UnixNano() <= c.doubtedAt.Load() {
-				return errors.New("a connection from before the last doubt")
-			}
-			return nil
-		},
+		DialContext: c.connect, MaxActive: 1, MaxIdle: 1, Wait: true,
+		TestOnBorrow: func(redis.Conn, time.Time) error { return c.refusal },
 	}
 	c.listener = pq.NewDialListener(dialer{2 * time.Second}, dsn, heartbeat, heartbeat, func(event pq.ListenerEventType, err error) {
 		if event == pq.ListenerEventDisconnected {
@@ -339,19 +338,22 @@ func (c *Cache) mark(script *redis.Script, keys []string, token string) error {
 
 // ---------------------------------------------------------------- commands to Redis
 
+// errUnreachable is the error of a command that was not sent.
+var errUnreachable = errors.New("redis did not answer a moment ago")
+
 // A command is on its way to Redis, or has been answered.
 type command struct {
 	name  string
 	args  []any
 	reply any
-	err   error
+	err   error         // errUnreachable until it is sent
 	done  chan struct{} // closed when it was answered
 }
 
 // do sends a command to Redis and returns the reply. An error ends trust. Where Redis did not answer a moment ago,
 // do fails at once and does not wait for it again.
 func (c *Cache) do(name string, args ...any) (any, error) {
-	cmd := &command{name: name, args: args, done: make(chan struct{})}
+	cmd := &command{name: name, args: args, err: errUnreachable, done: make(chan struct{})}
 	c.commands <- cmd
 	<-cmd.done
 	return cmd.reply, cmd.err
@@ -366,14 +368,10 @@ func (c *Cache) sendCommands() {
 		for range len(c.commands) {
 			batch = append(batch, <-c.commands)
 		}
-		reachable := c.reachable.Load()
-		if reachable {
+		if c.reachable.Load() {
 			c.exchange(batch)
 		}
 		for _, cmd := range batch {
-			if !reachable {
-				cmd.err = errors.New("redis did not answer a moment ago")
-			}
 			close(cmd.done)
 		}
 	}
@@ -399,7 +397,10 @@ func (c *Cache) exchange(batch []*command) {
 		cmd.reply, cmd.err = redis.ReceiveWithTimeout(conn, max(time.Until(deadline), time.Millisecond))
 		err = cmp.Or(err, cmd.err)
 	}
-	c.reachable.Store(conn.Err() == nil) // before the doubt, after which others connect anew: meet must know of it
+	c.reachable.Store(conn.Err() == nil)
+	if conn.Err() == nil { // or else this is not the one connection any more
+		c.refusal = err
+	}
 	if err != nil {
 		c.distrust(err)
 	}
@@ -423,12 +424,7 @@ func (c *Cache) connect(ctx context.Context) (redis.Conn, error) {
 	if err == nil && strings.HasPrefix(policy, "allkeys") {
 		err = fmt.Errorf("redis may evict any key (maxmemory-policy %s): volatile-lru or noeviction is needed", policy)
 	}
-	for _, script := range []*redis.Script{fillScript, announceScript, retractScript} {
-		if err == nil {
-			err = script.Load(conn)
-		}
-	}
-	if err != nil {
+	if err = cmp.Or(err, fillScript.Load(conn), announceScript.Load(conn), retractScript.Load(conn)); err != nil {
 		_ = conn.Close()
 		return nil, err
 	}
@@ -440,8 +436,6 @@ func (c *Cache) connect(ctx context.Context) (redis.Conn, error) {
 // this process knows, and else from now. One that was only silent has lost no marks; it waits until every replica has
 // noticed its return and announces its writes to it again.
 func (c *Cache) meet(runID, uptime string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	wait := noticeTime
 	if c.runID != runID {
 		wait = settleTime
@@ -453,9 +447,7 @@ func (c *Cache) meet(runID, uptime string) {
 	} else if c.reachable.Load() {
 		return
 	}
-	if settled := time.Now().Add(wait); settled.After(c.settled) {
-		c.settled = settled
-	}
+	c.settled.Store(max(c.settled.Load(), int64(time.Since(c.created)+wait)))
 }
 
 // infoField returns a field of a reply to INFO, or nothing.
@@ -479,7 +471,6 @@ func (c *Cache) trusted() bool { return c.trustedAt.Load() == c.doubts.Load() }
 // From now on reads go to PostgreSQL, without trying Redis and waiting for it again, until restore has dropped
 // every key. Writes do not depend on trust: they announce themselves wherever Redis answers.
 func (c *Cache) distrust(reason error) {
-	c.doubtedAt.Store(time.Now().UnixNano())
 	if doubts := c.doubts.Add(1); c.trustedAt.Load() == doubts-1 {
 		slog.Warn("cache not trusted", "reason", reason)
 	}
@@ -509,7 +500,7 @@ func (c *Cache) Run(ctx context.Context) {
 		if ping.err != nil || c.trusted() {
 			return false, ping.err
 		}
-		return false, c.restore(ctx)
+		return false, c.restore()
 	})
 }
 
@@ -524,12 +515,9 @@ func (c *Cache) Run(ctx context.Context) {
 //	writer:    commits; until it retracts, some readers get the new row, and others hit the old one
 //
 // After settleTime no writer that announced itself to the Redis before can still commit.
-func (c *Cache) restore(ctx context.Context) error {
+func (c *Cache) restore() error {
 	doubts := c.doubts.Load()
-	c.mu.Lock()
-	settling := time.Until(c.settled)
-	c.mu.Unlock()
-	if settling > 0 {
+	if time.Since(c.created) < time.Duration(c.settled.Load()) {
 		return errors.New("redis has only just come up: it has to settle")
 	}
 	if err := c.listener.Ping(); err != nil || !c.listening.Load() {
@@ -539,7 +527,7 @@ func (c *Cache) restore(ctx context.Context) error {
 	if _, err := c.do("SET", keyPrefix+"probe", "", "EX", 1); err != nil {
 		return err
 	}
-	if _, err := c.scan(ctx, "UNLINK"); err != nil {
+	if _, err := c.scan("UNLINK", time.Hour); err != nil { // there may be very many keys of others
 		return err
 	}
 	c.trustedAt.Store(doubts) // no longer the number of doubts, if another came up meanwhile
@@ -550,8 +538,11 @@ func (c *Cache) restore(ctx context.Context) error {
 }
 
 // scan runs a command, UNLINK or EXISTS, with the cache's keys, some at a time, and returns how many it counted. SCAN
-// does not hold up Redis as KEYS would, however many keys of others it holds.
-func (c *Cache) scan(ctx context.Context, command string) (count int, err error) {
+// does not hold up Redis as KEYS would, however many keys of others it holds. After the limit the error is
+// context.DeadlineExceeded.
+func (c *Cache) scan(command string, limit time.Duration) (count int, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
 	for cursor := ""; cursor != "0" && err == nil; err = cmp.Or(err, ctx.Err()) {
 		var reply, keys []any
 		if reply, err = redis.Values(c.do("SCAN", cmp.Or(cursor, "0"), "MATCH", keyPrefix+"*", "COUNT", 1000)); err == nil {
@@ -576,26 +567,19 @@ func (c *Cache) hear() {
 		switch {
 		case n == nil: // the listener has reconnected: the loss of its connection has ended trust already
 		case n.Extra == "" || len(c.listener.Notify) == cap(c.listener.Notify) || !c.trusted():
-			// Without trust nothing needs to be deleted: all keys will be. Each deletion would even be slow, for a doubt
-			// makes it connect to Redis anew.
+			// Without trust nothing needs to be deleted: all keys will be.
 			c.distrust(errors.New("others changed everything, or more than can be deleted key by key"))
 		default:
-			if _, err := c.do("UNLINK", keyAll, keyPrefix+n.Extra); err != nil {
-				c.distrust(err)
-			}
+			_, _ = c.do("UNLINK", keyAll, keyPrefix+n.Extra) // an error has ended trust: then all keys will be deleted
 		}
 	}
 }
 
 // ---------------------------------------------------------------- for the endpoints
 
-// Clear deletes every key of the cache and returns how many there were. It takes lookupTimeout at most.
-func (c *Cache) Clear() (cleared int, err error) {
-	// Not with a request's context: clearing goes on when the client has gone away.
-	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
-	defer cancel()
-	return c.scan(ctx, "UNLINK")
-}
+// Clear deletes every key of the cache and returns how many there were. It takes lookupTimeout at most, and goes on when
+// the client has gone away.
+func (c *Cache) Clear() (int, error) { return c.scan("UNLINK", lookupTimeout) }
 
 // Version returns the version of the Redis that answers.
 func (c *Cache) Version() (string, error) {
@@ -622,17 +606,14 @@ func (c *Cache) Stats() CacheStats {
 		Status: "disconnected", Trusted: c.trusted(), TTL: int(c.cfg.cacheTTL.Seconds()),
 		Hits: c.requests[hit].Load(), Misses: c.requests[miss].Load(), Bypasses: c.requests[bypass].Load(),
 	}
-	if all := st.Hits + st.Misses + st.Bypasses; all > 0 {
-		st.HitRate = math.Round(1000*float64(st.Hits)/float64(all)) / 1000
-	}
+	all := max(1, st.Hits+st.Misses+st.Bypasses)
+	st.HitRate = float64((1000*st.Hits+all/2)/all) / 1000 // rounded
 	info, err := redis.String(c.do("INFO", "memory"))
 	if err != nil {
 		return st
 	}
 	st.Status, st.Memory = "connected", infoField(info, "used_memory_human")
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	if count, err := c.scan(ctx, "EXISTS"); err == nil {
+	if count, err := c.scan("EXISTS", time.Second); err == nil {
 		st.Keys = &count
 	}
 	return st

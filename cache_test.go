@@ -354,7 +354,7 @@ func TestOldSnapshot(t *testing.T) {
 	be.awaitHit(be.a, 0)
 	bringBack := be.redis.save()
 	be.write(be.b, 1)
-	be.read(be.a, 1)
+	be.awaitHit(be.a, 1) // no fill is under way any more, which would connect again
 	be.a.stopCache()
 	for pool := be.a.cache.pool; pool.ActiveCount() > 0; {
 		conn := pool.Get()
@@ -558,5 +558,20 @@ func TestBrokenBatch(t *testing.T) {
 	s.cache.exchange(batch)
 	if batch[0].err != nil || batch[1].err != nil || batch[2].err == nil || s.cache.doubts.Load() == doubts {
 		t.Errorf("the errors are %v, %v and %v", batch[0].err, batch[1].err, batch[2].err)
+	}
+}
+
+// Somebody flushes the scripts of Redis. The command that misses its script ends trust, and a new connection loads them.
+func TestFlushedScripts(t *testing.T) {
+	be := newBench(t)
+	be.redis.do("SCRIPT", "FLUSH")
+	be.write(be.a, 1)
+	be.read(be.b, 1)
+	be.awaitHit(be.a, 1)
+	doubts := be.a.cache.doubts.Load()
+	be.write(be.a, 2)
+	be.awaitHit(be.a, 2)
+	if be.a.cache.doubts.Load() != doubts {
+		t.Error("the scripts are still missing")
 	}
 }
