@@ -40,6 +40,7 @@ type Cache struct {
 	listener *pq.Listener // receives the notifications of rule 2
 	pool     *redis.Pool
 	commands chan *command // waiting to be sent to Redis
+	sending  chan struct{} // holds something while somebody sends them
 
 	// The cache is trusted while trustedAt equals doubts. Every doubt adds one to doubts, so that a doubt which comes
 	// up while trust is being won back is never lost.
@@ -55,7 +56,7 @@ type Cache struct {
 	created time.Time    // when this cache was made; time.Since does not mind when somebody sets the clock
 
 	mu      sync.Mutex         // guards lookups
-	lookups map[string]*lookup // by key: the one that is running
+	lookups map[string]*lookup // by key: the one that waits for its turn or, if none does, the one that runs
 
 	requests map[source]*atomic.Int64 // how many were answered, since this process started
 }
@@ -110,7 +111,7 @@ const (
 // needs dsn.
 func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 	c := &Cache{
-		cfg: cfg, db: db, commands: make(chan *command, 1000), created: time.Now(), lookups: map[string]*lookup{},
+		cfg: cfg, db: db, commands: make(chan *command, 1000), sending: make(chan struct{}, 1), created: time.Now(), lookups: map[string]*lookup{},
 		requests: map[source]*atomic.Int64{hit: {}, miss: {}, bypass: {}},
 	}
 	c.doubts.Store(1)
@@ -128,7 +129,6 @@ func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 			db.SetMaxIdleConns(poolSize())
 		}
 	})
-	go c.sendCommands()
 	return c
 }
 
@@ -136,9 +136,12 @@ func newCache(cfg config, db *sql.DB, dsn string) *Cache {
 
 // A lookup is one question for one key. The requests that arrived before it began share it.
 type lookup struct {
-	load   func(context.Context) ([]byte, error)
-	next   *lookup       // the one that waits for its turn
-	done   chan struct{} // closed when what follows is there
+	load  func(context.Context) ([]byte, error)
+	begun bool // guarded by the cache's mu
+
+	// The context ends when what follows is there, which finish says, or else after lookupTimeout.
+	ctx    context.Context
+	finish context.CancelFunc
 	body   []byte
 	source source
 	err    error
@@ -158,27 +161,24 @@ type lookup struct {
 // So one lookup of a key runs and one waits for its turn. Whoever comes joins the one that waits. A lookup belongs to
 // nobody: it goes on when the request that began it has gone away.
 func (c *Cache) Get(ctx context.Context, key string, load func(context.Context) ([]byte, error)) ([]byte, source, error) {
-	mine := &lookup{load: load, done: make(chan struct{})}
 	c.mu.Lock()
-	running := c.lookups[key]
-	switch {
-	case running == nil:
+	mine := c.lookups[key]
+	idle := mine == nil
+	if idle || mine.begun {
+		mine = &lookup{load: load, begun: idle}
+		mine.ctx, mine.finish = context.WithTimeout(context.Background(), lookupTimeout)
 		c.lookups[key] = mine
-	case running.next == nil:
-		running.next = mine
-	default:
-		mine = running.next
 	}
 	c.mu.Unlock()
-	if running == nil {
+	if idle {
 		c.look(key, mine) // here and not in a goroutine of its own, which a hit is not worth
 	}
 	select {
-	case <-mine.done:
+	case <-mine.ctx.Done():
 	case <-ctx.Done():
-		return nil, bypass, ctx.Err()
-	case <-time.After(lookupTimeout):
-		return nil, bypass, context.DeadlineExceeded
+	}
+	if mine.ctx.Err() != context.Canceled { // finish cancels it
+		return nil, bypass, cmp.Or(ctx.Err(), mine.ctx.Err())
 	}
 	c.requests[mine.source].Add(1)
 	return mine.body, mine.source, mine.err
@@ -204,8 +204,8 @@ func (c *Cache) look(key string, l *lookup) {
 		go c.load(key, l, miss, "")
 	default:
 		l.body, l.source = held, hit
-		close(l.done)
-		c.finish(key, l)
+		l.finish()
+		c.startNext(key, l)
 	}
 }
 
@@ -213,29 +213,27 @@ func (c *Cache) look(key string, l *lookup) {
 // lookup has the lease. They do not wait for the fill, so a Redis that falls silent just now holds up nobody. An error
 // is not cached: then the lease is given back.
 func (c *Cache) load(key string, l *lookup, from source, token string) {
-	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
-	defer cancel()
 	l.source = from
-	l.body, l.err = l.load(ctx)
-	body := l.body
+	l.body, l.err = l.load(l.ctx)
 	if l.err != nil {
-		body = nil
+		l.body = nil
 	}
-	close(l.done)
+	l.finish()
 	if token != "" { // an error of Redis ends trust, and that is all there is to do about it
-		_, _ = c.do("EVALSHA", fillScript.Hash(), 2, key, marks(key), token, body, int(c.cfg.cacheTTL.Seconds()))
+		_, _ = c.do("EVALSHA", fillScript.Hash(), 2, key, marks(key), token, l.body, int(c.cfg.cacheTTL.Seconds()))
 	}
-	c.finish(key, l)
+	c.startNext(key, l)
 }
 
-// finish begins the lookup that waits behind l, if there is one.
-func (c *Cache) finish(key string, l *lookup) {
+// startNext begins the lookup that waits behind l, if there is one.
+func (c *Cache) startNext(key string, l *lookup) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.lookups[key] = l.next; l.next == nil {
+	if next := c.lookups[key]; next == l {
 		delete(c.lookups, key)
 	} else {
-		go c.look(key, l.next)
+		next.begun = true
+		go c.look(key, next)
 	}
 }
 
@@ -352,28 +350,34 @@ type command struct {
 
 // do sends a command to Redis and returns the reply. An error ends trust. Where Redis did not answer a moment ago,
 // do fails at once and does not wait for it again.
+//
+// Commands that wait at the same moment travel together, in one round trip (pipelining). One at a time, Redis and this
+// process would spend most of their time in system calls. No goroutine is needed for that: while one caller sends what
+// waits, the others wait for their reply or for their turn to send.
 func (c *Cache) do(name string, args ...any) (any, error) {
 	cmd := &command{name: name, args: args, err: errUnreachable, done: make(chan struct{})}
 	c.commands <- cmd
-	<-cmd.done
+	select {
+	case <-cmd.done:
+	case c.sending <- struct{}{}:
+		c.sendWaiting() // this command, too, unless somebody has just done so
+		<-c.sending
+	}
 	return cmd.reply, cmd.err
 }
 
-// sendCommands sends what do was given, for ever. Commands that wait at the same moment travel together, in one round
-// trip (pipelining). One at a time, Redis and this process would spend most of their time in system calls.
-func (c *Cache) sendCommands() {
-	for cmd := range c.commands {
-		batch := []*command{cmd}
-		runtime.Gosched() // those who have just been answered may come with more
-		for range len(c.commands) {
-			batch = append(batch, <-c.commands)
-		}
-		if c.reachable.Load() {
-			c.exchange(batch)
-		}
-		for _, cmd := range batch {
-			close(cmd.done)
-		}
+// sendWaiting sends the commands that wait, and wakes their callers.
+func (c *Cache) sendWaiting() {
+	runtime.Gosched() // those who have just been answered may come with more
+	batch := make([]*command, len(c.commands))
+	for i := range batch {
+		batch[i] = <-c.commands
+	}
+	if len(batch) > 0 && c.reachable.Load() {
+		c.exchange(batch)
+	}
+	for _, cmd := range batch {
+		close(cmd.done)
 	}
 }
 

@@ -309,8 +309,8 @@ func (be *bench) awaitWaiting() {
 	eventually(be.t, "a lookup waits", func() bool {
 		be.a.cache.mu.Lock()
 		defer be.a.cache.mu.Unlock()
-		running := be.a.cache.lookups[productKey(be.id)]
-		return running != nil && running.next != nil
+		last := be.a.cache.lookups[productKey(be.id)]
+		return last != nil && !last.begun
 	})
 }
 

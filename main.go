@@ -490,12 +490,11 @@ func repeat(ctx context.Context, what string, f func() (done bool, err error)) {
 		if done || ctx.Err() != nil {
 			return
 		}
-		if reason := fmt.Sprint(err); err != nil && reason != last {
+		reason := fmt.Sprint(err)
+		if err != nil && reason != last {
 			slog.Warn(what, "reason", reason)
-			last = reason
-		} else if err == nil {
-			last = ""
 		}
+		last = reason
 		select {
 		case <-ctx.Done():
 		case <-ticker.C:
