@@ -216,12 +216,12 @@ func binaries(b *testing.B) []string {
 func catalogue(b *testing.B, products int) config {
 	cfg := withDatabase(b, testConfig())
 	db := psql(b, cfg)
-	mustExec(b, db, schema)
-	mustExec(b, db, `INSERT INTO products (name, description, price, stock, category)
+	must(db.Exec(schema))
+	must(db.Exec(`INSERT INTO products (name, description, price, stock, category)
 		SELECT 'Product ' || n, 'A product like any other, with a description of a usual length.',
 		       n % 1000 + 0.99, n % 100, 'category ' || n % 10
-		FROM generate_series(1, $1::int) n`, products)
-	mustExec(b, db, "VACUUM ANALYZE products")
+		FROM generate_series(1, $1::int) n`, products))
+	must(db.Exec("VACUUM ANALYZE products"))
 	return cfg
 }
 

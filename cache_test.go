@@ -8,7 +8,6 @@ import (
 	"net"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -24,9 +23,12 @@ type bench struct {
 	redis *redisServer
 	proxy *proxy
 	a, b  *testServer
-	id    int64
-	keys  []string
 }
+
+// stockKey is where the stock is cached, of what is the first product of its database. A writer names stockKeys.
+const stockKey = "products:1"
+
+var stockKeys = []string{keyAll, stockKey}
 
 func newBench(t *testing.T) *bench {
 	t.Helper()
@@ -34,15 +36,14 @@ func newBench(t *testing.T) *bench {
 	proxy := startProxy(t, net.JoinHostPort(cfg.redisHost, cfg.redisPort), nil)
 	cfg.redisPort = proxy.port
 	be := &bench{t: t, cfg: cfg, redis: r, proxy: proxy, a: startServer(t, cfg), b: startServer(t, cfg)}
-	must(fmt.Sscanf(be.a.create(`{"name":"a","price":1,"stock":0}`), "/products/%d", &be.id))
-	be.keys = []string{keyAll, productKey(be.id)}
+	equal(t, "the product", be.a.create(`{"name":"a","price":1,"stock":0}`), "/products/1")
 	return be
 }
 
 // load reads the stock from PostgreSQL as a body.
 func (be *bench) load(ctx context.Context) ([]byte, error) {
 	var stock int
-	err := be.a.db.QueryRowContext(ctx, `SELECT stock FROM products WHERE id = $1`, be.id).Scan(&stock)
+	err := be.a.db.QueryRowContext(ctx, `SELECT stock FROM products WHERE id = 1`).Scan(&stock)
 	return body(stock), err
 }
 
@@ -52,7 +53,7 @@ func body(stock int) []byte { return fmt.Appendf(nil, `{"stock":%d}`, stock) }
 // from one of them.
 func (be *bench) read(s *testServer, want int, sources ...source) source {
 	be.t.Helper()
-	got, from, err := s.cache.Get(be.t.Context(), productKey(be.id), be.load)
+	got, from, err := s.cache.Get(be.t.Context(), stockKey, be.load)
 	if err != nil || string(got) != string(body(want)) || len(sources) > 0 && !slices.Contains(sources, from) {
 		be.t.Errorf("read %s (%s, %v), want %s %q", got, from, err, body(want), sources)
 	}
@@ -70,24 +71,23 @@ func (be *bench) awaitSeen(stock int) {
 	be.t.Helper()
 	for _, s := range []*testServer{be.a, be.b} {
 		eventually(be.t, fmt.Sprintf("the stock is %d", stock), func() bool {
-			got, _, err := s.cache.Get(be.t.Context(), productKey(be.id), be.load)
+			got, _, err := s.cache.Get(be.t.Context(), stockKey, be.load)
 			return err == nil && string(got) == string(body(stock))
 		})
 	}
 }
 
-// commit is a change that sets the stock.
-func (be *bench) commit(stock int) func(context.Context, *sql.Conn) error {
+// setStock is a change that sets the stock.
+func setStock(stock int) func(context.Context, *sql.Conn) error {
 	return func(ctx context.Context, conn *sql.Conn) error {
-		return conn.QueryRowContext(ctx, `UPDATE products SET stock = $2 WHERE id = $1 RETURNING id`, be.id, stock).Scan(new(int64))
+		return conn.QueryRowContext(ctx, `UPDATE products SET stock = $1 WHERE id = 1 RETURNING id`, stock).Scan(new(int64))
 	}
 }
 
-func (be *bench) write(s *testServer, stock int) {
+// write makes a change through a replica.
+func (be *bench) write(s *testServer, change func(context.Context, *sql.Conn) error) {
 	be.t.Helper()
-	if err := s.cache.Write(be.t.Context(), be.keys, be.commit(stock)); err != nil {
-		be.t.Error(err)
-	}
+	equal(be.t, "the writer's error", s.cache.Write(be.t.Context(), stockKeys, change), nil)
 }
 
 // A hold stops somebody at a chosen point until the test releases him.
@@ -100,15 +100,14 @@ func (h *hold) here() { close(h.reached); <-h.released }
 // heldWrite begins a write that stops before and after its statement. What it returns lets it commit and, then, end.
 func (be *bench) heldWrite(s *testServer, stock int) (commit, end func()) {
 	before, after := newHold(), newHold()
-	done := make(chan error, 1)
-	go func() {
-		done <- s.cache.Write(context.Background(), be.keys, func(ctx context.Context, conn *sql.Conn) error {
+	wait := concurrently(1, func(int) {
+		be.write(s, func(ctx context.Context, conn *sql.Conn) error {
 			before.here()
-			err := be.commit(stock)(ctx, conn)
+			err := setStock(stock)(ctx, conn)
 			after.here()
 			return err
 		})
-	}()
+	})
 	<-before.reached
 	commit = func() {
 		close(before.released)
@@ -116,9 +115,7 @@ func (be *bench) heldWrite(s *testServer, stock int) (commit, end func()) {
 	}
 	end = func() {
 		close(after.released)
-		if err := <-done; err != nil {
-			be.t.Error(err)
-		}
+		wait()
 	}
 	return commit, end
 }
@@ -129,7 +126,7 @@ func (be *bench) heldRead(s *testServer, stock int) (fill func()) {
 	between := newHold()
 	done := make(chan string, 1)
 	go func() {
-		body, from, err := s.cache.Get(context.Background(), productKey(be.id), func(ctx context.Context) ([]byte, error) {
+		body, from, err := s.cache.Get(context.Background(), stockKey, func(ctx context.Context) ([]byte, error) {
 			body, err := be.load(ctx)
 			between.here()
 			return body, err
@@ -144,9 +141,7 @@ func (be *bench) heldRead(s *testServer, stock int) (fill func()) {
 	return func() {
 		be.t.Helper()
 		close(between.released)
-		if got, want := <-done, fmt.Sprint(string(body(stock)), miss, nil); got != want {
-			be.t.Errorf("read %s, want %s", got, want)
-		}
+		equal(be.t, "read", <-done, fmt.Sprint(string(body(stock)), miss, nil))
 	}
 }
 
@@ -154,7 +149,7 @@ func (be *bench) heldRead(s *testServer, stock int) (fill func()) {
 func TestFillAfterCommit(t *testing.T) {
 	be := newBench(t)
 	fill := be.heldRead(be.a, 0)
-	be.write(be.b, 1)
+	be.write(be.b, setStock(1))
 	fill()
 	be.read(be.a, 1)
 	be.read(be.b, 1)
@@ -163,50 +158,44 @@ func TestFillAfterCommit(t *testing.T) {
 // A reader with a lease of its own reads the old row while a writer is at work, and fills after the commit: before the
 // writer's clean-up, and after it.
 func TestFillWhileWriting(t *testing.T) {
-	t.Parallel()
-	for _, afterCleanUp := range []bool{false, true} {
-		t.Run(fmt.Sprint(afterCleanUp), func(t *testing.T) {
-			be := newBench(t)
-			commit, end := be.heldWrite(be.b, 1)
-			fill := be.heldRead(be.a, 0)
-			commit()
-			if afterCleanUp {
-				end()
-			}
-			fill()
-			be.read(be.a, 1)
-			if !afterCleanUp {
-				end()
-			}
-			be.read(be.a, 1)
-		})
-	}
+	twice(t, "after clean-up", func(t *testing.T, afterCleanUp bool) {
+		be := newBench(t)
+		commit, end := be.heldWrite(be.b, 1)
+		fill := be.heldRead(be.a, 0)
+		commit()
+		if afterCleanUp {
+			end()
+		}
+		fill()
+		be.read(be.a, 1)
+		if !afterCleanUp {
+			end()
+		}
+		be.read(be.a, 1)
+	})
 }
 
 // Two writers overlap, in both orders; the one that ends first must not open the key for fills.
 func TestOverlappingWriters(t *testing.T) {
-	t.Parallel()
-	for _, firstBegunEndsFirst := range []bool{true, false} {
-		t.Run(fmt.Sprint(firstBegunEndsFirst), func(t *testing.T) {
-			be := newBench(t)
-			commit1, end1 := be.heldWrite(be.a, 1)
-			commit2, end2 := be.heldWrite(be.b, 1)
-			if !firstBegunEndsFirst {
-				commit1, end1, commit2, end2 = commit2, end2, commit1, end1
-			}
-			commit1()
-			end1()
-			be.read(be.a, 1, miss)
-			mustExec(t, be.a.db, `UPDATE products SET stock = 0 WHERE id = $1`, be.id)
-			be.read(be.a, 0) // must not be filled either: the other writer sets it to 1
-			be.read(be.a, 0)
-			commit2()
-			be.read(be.a, 1)
-			be.read(be.b, 1)
-			end2()
-			be.awaitHit(be.a, 1)
-		})
-	}
+	twice(t, "last in, first out", func(t *testing.T, lastInFirstOut bool) {
+		be := newBench(t)
+		commit1, end1 := be.heldWrite(be.a, 1)
+		commit2, end2 := be.heldWrite(be.b, 1)
+		if lastInFirstOut {
+			commit1, end1, commit2, end2 = commit2, end2, commit1, end1
+		}
+		commit1()
+		end1()
+		be.read(be.a, 1, miss)
+		must(be.a.db.Exec(`UPDATE products SET stock = 0 WHERE id = 1`))
+		be.read(be.a, 0) // must not be filled either: the other writer sets it to 1
+		be.read(be.a, 0)
+		commit2()
+		be.read(be.a, 1)
+		be.read(be.b, 1)
+		end2()
+		be.awaitHit(be.a, 1)
+	})
 }
 
 // The old body was cached; between the commit and the writer's clean-up, whoever has seen the new row must not be
@@ -225,19 +214,16 @@ func TestNeverBackInTime(t *testing.T) {
 // listener, or have just started, as the one here, which has not even connected to Redis before its first write.
 func TestWriteWithoutTrust(t *testing.T) {
 	be := newBench(t)
-	starting := must(newServer(be.cfg))
+	starting := &testServer{server: must(newServer(be.cfg))}
 	defer starting.db.Close()
 	defer starting.cache.listener.Close()
 	for stock := 1; stock <= 2; stock++ {
 		be.awaitHit(be.a, stock-1)
-		if err := starting.cache.Write(t.Context(), be.keys, func(ctx context.Context, conn *sql.Conn) error {
-			if n := be.redis.do("EXISTS", marks(keyAll), marks(productKey(be.id))); n != int64(2) || starting.cache.trusted() {
-				t.Errorf("%v marks", n)
-			}
-			return be.commit(stock)(ctx, conn)
-		}); err != nil {
-			t.Fatal(err)
-		}
+		be.write(starting, func(ctx context.Context, conn *sql.Conn) error {
+			equal(t, "the number of marks", be.redis.do("EXISTS", marks(keyAll), marks(stockKey)), any(int64(2)))
+			equal(t, "trust", starting.cache.trusted(), false)
+			return setStock(stock)(ctx, conn)
+		})
 		be.read(be.a, stock)
 	}
 }
@@ -246,20 +232,19 @@ func TestWriteWithoutTrust(t *testing.T) {
 func TestWriterDies(t *testing.T) {
 	be := newBench(t)
 	be.awaitHit(be.a, 0)
-	check(be.b.cache.mark(announceScript, be.keys, "dead"))
+	check(be.b.cache.mark(announceScript, stockKeys, "dead"))
 	fill := be.heldRead(be.a, 0) // reads the old row
-	mustExec(t, be.b.db, `UPDATE products SET stock = 1 WHERE id = $1`, be.id)
+	must(be.b.db.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))
 	fill()
 	be.read(be.a, 1)
 	be.read(be.a, 1, miss) // nothing is filled under a dead writer's mark
 	// The mark lasts markLife from when Redis took it, on Redis's own clock.
-	key := marks(productKey(be.id))
 	now := must(redis.Int64s(be.redis.try("TIME")))[0]
-	expires := must(redis.Int64(be.redis.try("ZSCORE", key, "dead")))
+	expires := must(redis.Int64(be.redis.try("ZSCORE", marks(stockKey), "dead")))
 	if left := expires - now; left < int64(markLife.Seconds())-5 || left > int64(markLife.Seconds()) {
 		t.Errorf("the mark lasts for %d s more", left)
 	}
-	be.redis.do("ZADD", key, now-1, "dead")
+	be.redis.do("ZADD", marks(stockKey), now-1, "dead")
 	be.read(be.a, 1)
 	be.read(be.a, 1, hit)
 }
@@ -270,22 +255,22 @@ func TestFailedWrites(t *testing.T) {
 	be := newBench(t)
 	fails := func(change func(context.Context, *sql.Conn) error, then source, as func(error) bool) {
 		t.Helper()
-		if err := be.a.cache.Write(t.Context(), be.keys, change); !as(err) {
+		if err := be.a.cache.Write(t.Context(), stockKeys, change); !as(err) {
 			t.Errorf("the writer got %v", err)
 		}
 		be.read(be.a, 0)
 		be.read(be.a, 0, then)
 	}
 	// The table's CHECK refuses it.
-	fails(be.commit(-1), hit, func(err error) bool { return err != nil && !unavailable(err) })
+	fails(setStock(-1), hit, func(err error) bool { return err != nil && !unavailable(err) })
 	fails(func(ctx context.Context, conn *sql.Conn) error {
 		limit := ctx.Value(sendBefore{}).(time.Time)
 		time.Sleep(time.Until(limit) + time.Millisecond) // as a process that was stopped
-		return be.commit(1)(ctx, conn)
+		return setStock(1)(ctx, conn)
 	}, hit, unavailable)
 	lost := errors.New("the connection broke")
 	fails(func(context.Context, *sql.Conn) error { return lost }, miss, func(err error) bool { return errors.Is(err, lost) })
-	mustExec(t, be.b.db, `UPDATE products SET stock = 1 WHERE id = $1`, be.id)
+	must(be.b.db.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))
 	be.read(be.a, 1)
 }
 
@@ -293,14 +278,11 @@ func TestFailedWrites(t *testing.T) {
 func TestJoinOnlyLaterLookups(t *testing.T) {
 	be := newBench(t)
 	finish := be.heldRead(be.a, 0)
-	be.write(be.b, 1)
-	var readers sync.WaitGroup
-	for range 10 {
-		readers.Go(func() { be.read(be.a, 1) })
-	}
+	be.write(be.b, setStock(1))
+	wait := concurrently(10, func(int) { be.read(be.a, 1) })
 	be.awaitWaiting()
 	finish()
-	readers.Wait()
+	wait()
 }
 
 // awaitWaiting waits until a lookup waits behind one that runs in replica a.
@@ -309,7 +291,7 @@ func (be *bench) awaitWaiting() {
 	eventually(be.t, "a lookup waits", func() bool {
 		be.a.cache.mu.Lock()
 		defer be.a.cache.mu.Unlock()
-		last := be.a.cache.lookups[productKey(be.id)]
+		last := be.a.cache.lookups[stockKey]
 		return last != nil && !last.begun
 	})
 }
@@ -319,14 +301,12 @@ func TestLookupOutlivesRequest(t *testing.T) {
 	be := newBench(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	gaveUp := make(chan bool)
-	_, _, err := be.a.cache.Get(ctx, productKey(be.id), func(ctx context.Context) ([]byte, error) {
+	_, _, err := be.a.cache.Get(ctx, stockKey, func(ctx context.Context) ([]byte, error) {
 		cancel()
 		<-gaveUp
 		return be.load(ctx)
 	})
-	if !errors.Is(err, context.Canceled) {
-		t.Errorf("the request that gave up got %v", err)
-	}
+	equal(t, "the error of the request that gave up", err, context.Canceled)
 	close(gaveUp)
 	be.read(be.a, 0, hit) // the lookup has filled the key
 }
@@ -340,11 +320,10 @@ func TestAnsweredBeforeFill(t *testing.T) {
 	began := time.Now()
 	answer()
 	within(t, time.Since(began), redisTimeout/2, "a miss that need not wait for its fill")
-	var second sync.WaitGroup
-	second.Go(func() { be.read(be.a, 0, hit) })
+	wait := concurrently(1, func(int) { be.read(be.a, 0, hit) })
 	be.awaitWaiting()
 	be.proxy.pause(false)
-	second.Wait()
+	wait()
 }
 
 // Redis comes back with a snapshot from before a write. Replica b notices that its connections break. Replica a has
@@ -353,22 +332,17 @@ func TestOldSnapshot(t *testing.T) {
 	be := newBench(t)
 	be.awaitHit(be.a, 0)
 	bringBack := be.redis.save()
-	be.write(be.b, 1)
+	be.write(be.b, setStock(1))
 	be.awaitHit(be.a, 1) // no fill is under way any more, which would connect again
 	be.a.stopCache()
 	for pool := be.a.cache.pool; pool.ActiveCount() > 0; {
 		conn := pool.Get()
-		_, _ = conn.Do("QUIT")
-		_, _ = conn.Do("PING") // finds the connection closed: the pool drops it
+		_, _ = conn.Do("QUIT") // the second one finds the connection closed: the pool drops it
 		_ = conn.Close()
 	}
 	bringBack()
-	if held := must(redis.String(be.redis.try("GET", productKey(be.id)))); held != string(body(0)) {
-		t.Fatalf("the snapshot holds %q", held)
-	}
-	if !be.a.cache.trusted() {
-		t.Fatal("replica a has noticed too early")
-	}
+	equal(t, "the body in the snapshot", must(redis.String(be.redis.try("GET", stockKey))), string(body(0)))
+	equal(t, "whether replica a trusts its cache still", be.a.cache.trusted(), true)
 	be.read(be.a, 1)
 	be.read(be.b, 1)
 	within(t, be.awaitHit(be.b, 1), settleTime+2*time.Second, "the return of the cache")
@@ -379,48 +353,44 @@ func TestOldSnapshot(t *testing.T) {
 // the new one while the writer may still commit, and a replica that has just started does not either. Meanwhile all
 // read from PostgreSQL.
 func TestNewRedisSettles(t *testing.T) {
-	t.Parallel()
-	for _, restarted := range []bool{true, false} {
-		t.Run(fmt.Sprint("restarted ", restarted), func(t *testing.T) {
-			be := newBench(t)
-			others := []*testServer{be.b}
-			// The statement waits for this lock, nearly as long as it may.
-			tx := lock(psql(t, be.cfg), `SELECT FROM products FOR UPDATE`)
-			commit, end := be.heldWrite(be.a, 1)
-			began := time.Now()
-			if restarted {
-				be.redis.kill()
-				be.redis.start()
-				others = append(others, startReplica(t, be.cfg))
-			} else {
-				r, _ := startRedis(t, be.cfg)
-				be.proxy.lead("127.0.0.1:" + r.port)
-			}
-			readUntil := func(limit time.Duration) {
-				for time.Since(began) < limit {
-					for _, s := range others {
-						be.read(s, 0, miss, bypass)
-					}
+	twice(t, "restarted", func(t *testing.T, restarted bool) {
+		be := newBench(t)
+		others := []*testServer{be.b}
+		// The statement waits for this lock, nearly as long as it may.
+		tx := lock(psql(t, be.cfg), `SELECT FROM products FOR UPDATE`)
+		commit, end := be.heldWrite(be.a, 1)
+		began := time.Now()
+		if restarted {
+			be.redis.kill()
+			be.redis.start()
+			others = append(others, startReplica(t, be.cfg))
+		} else {
+			r, _ := startRedis(t, be.cfg)
+			be.proxy.lead("127.0.0.1:" + r.port)
+		}
+		readUntil := func(limit time.Duration) {
+			for time.Since(began) < limit {
+				for _, s := range others {
+					be.read(s, 0, miss, bypass)
 				}
 			}
-			readUntil(sendTimeout - 500*time.Millisecond) // then the statement is sent in time
-			var sent sync.WaitGroup
-			sent.Go(commit)
-			readUntil(sendTimeout + statementTimeout - 1200*time.Millisecond)
-			check(tx.Commit())
-			sent.Wait()
-			for _, s := range append(others, be.a) {
-				be.read(s, 1)
-			}
-			end()
-			for _, s := range others {
-				be.awaitHit(s, 1)
-			}
-			if took := time.Since(began); took < settleTime || took > settleTime+2*time.Second {
-				t.Errorf("the cache was in use again after %v", took)
-			}
-		})
-	}
+		}
+		readUntil(sendTimeout - 500*time.Millisecond) // then the statement is sent in time
+		sent := concurrently(1, func(int) { commit() })
+		readUntil(sendTimeout + statementTimeout - 1200*time.Millisecond)
+		check(tx.Commit())
+		sent()
+		for _, s := range append(others, be.a) {
+			be.read(s, 1)
+		}
+		end()
+		for _, s := range others {
+			be.awaitHit(s, 1)
+		}
+		if took := time.Since(began); took < settleTime || took > settleTime+2*time.Second {
+			t.Errorf("the cache was in use again after %v", took)
+		}
+	})
 }
 
 // One replica cannot reach Redis and writes; the other can, and holds the old body.
@@ -431,7 +401,7 @@ func TestWriteWithoutRedis(t *testing.T) {
 	away.redisPort = "1"
 	c := startReplica(t, away)
 	for stock := 1; stock <= 20; stock++ {
-		be.write(c, stock)
+		be.write(c, setStock(stock))
 		// The notification was sent before the write returned; what is left is its way to the other replica.
 		be.awaitSeen(stock)
 		be.read(be.b, stock)
@@ -444,7 +414,7 @@ func TestUnreachableRedisUnderWriter(t *testing.T) {
 	be := newBench(t)
 	be.awaitHit(be.a, 0)
 	be.proxy.lead("")
-	be.write(be.b, 1)
+	be.write(be.b, setStock(1))
 	be.awaitSeen(1)
 	be.proxy.lead("127.0.0.1:" + be.redis.port)
 	be.awaitHit(be.a, 1)
@@ -458,7 +428,7 @@ func TestSilentRedisUnderWriter(t *testing.T) {
 	other := be.a.create(`{"name":"other","price":1}`)
 	be.awaitHit(be.a, 0)
 	be.redis.signal(syscall.SIGSTOP)
-	be.write(be.a, 1)
+	be.write(be.a, setStock(1))
 	be.read(be.a, 1)
 	be.redis.signal(syscall.SIGCONT)
 	within(t, be.a.awaitHit(other), 2*time.Second, "the return of the cache")
@@ -476,15 +446,12 @@ func TestManyKeysOfOthers(t *testing.T) {
 	}
 	be.a.cache.distrust(errors.New("the test says so"))
 	within(t, be.awaitHit(be.a, 0), 5*time.Second, "the return of the cache")
-	var clients sync.WaitGroup
-	for range 20 {
-		clients.Go(func() {
-			if a, err := be.a.trySend("DELETE", "/cache/clear", ""); err != nil || a.status != 200 && a.status != 503 || a.took > 6*time.Second {
-				t.Errorf("clearing: %d %v after %v", a.status, err, a.took)
-			}
-		})
-	}
-	clients.Wait()
+	wait := concurrently(20, func(int) {
+		if a, err := be.a.trySend("DELETE", "/cache/clear", ""); err != nil || a.status != 200 && a.status != 503 || a.took > 6*time.Second {
+			t.Errorf("clearing: %d %v after %v", a.status, err, a.took)
+		}
+	})
+	wait()
 	list := must(redis.String(be.redis.try("CLIENT", "LIST")))
 	if n := strings.Count(list, "\n"); n > 2*be.a.cache.pool.MaxActive+1 {
 		t.Errorf("%d connections", n)
@@ -501,8 +468,8 @@ const listeners = `FROM pg_stat_activity WHERE datname = current_database() AND 
 // connections, and the notification with them, and are back before anybody asks.
 func TestOtherSessions(t *testing.T) {
 	be := newBench(t)
-	anew := fmt.Sprintf(`INSERT INTO products (id, name, price, stock) VALUES (%d, 'a', 1, `, be.id)
-	cut := `SELECT pg_terminate_backend(pid) ` + listeners + `; UPDATE products SET stock = `
+	const anew = `INSERT INTO products (id, name, price, stock) VALUES (1, 'a', 1, `
+	const cut = `SELECT pg_terminate_backend(pid) ` + listeners + `; UPDATE products SET stock = `
 	for i, change := range []string{
 		`UPDATE products SET stock = 1`,
 		`INSERT INTO products (name, price) SELECT 'p' || n, n FROM generate_series(1, 10000) n; UPDATE products SET stock = 2`,
@@ -511,7 +478,7 @@ func TestOtherSessions(t *testing.T) {
 		cut + `5`, cut + `6`, cut + `7`,
 	} {
 		within(t, be.awaitHit(be.a, i)+be.awaitHit(be.b, i), 5*time.Second, "the return of the cache")
-		mustExec(t, psql(t, be.cfg), change)
+		must(psql(t, be.cfg).Exec(change))
 		be.awaitSeen(i + 1)
 	}
 	var deletions int
@@ -527,11 +494,11 @@ func TestChangeWhileListenerIsCut(t *testing.T) {
 	be := newBench(t)
 	be.awaitHit(be.a, 0)
 	db := psql(t, be.cfg)
-	mustExec(t, db, `UPDATE pg_database SET datallowconn = false WHERE datname = current_database()`) // nobody reconnects
-	mustExec(t, db, `SELECT pg_terminate_backend(pid) `+listeners)
+	must(db.Exec(`UPDATE pg_database SET datallowconn = false WHERE datname = current_database()`)) // nobody reconnects
+	must(db.Exec(`SELECT pg_terminate_backend(pid) ` + listeners))
 	eventually(t, "trust has ended", func() bool { return !be.a.cache.trusted() && !be.b.cache.trusted() })
-	mustExec(t, db, `UPDATE products SET stock = 1 WHERE id = $1`, be.id)
-	mustExec(t, db, `UPDATE pg_database SET datallowconn = true WHERE datname = current_database()`)
+	must(db.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))
+	must(db.Exec(`UPDATE pg_database SET datallowconn = true WHERE datname = current_database()`))
 	be.awaitHit(be.a, 1)
 	be.awaitHit(be.b, 1)
 }
@@ -540,14 +507,12 @@ func TestChangeWhileListenerIsCut(t *testing.T) {
 func TestListenerWithoutRedis(t *testing.T) {
 	be := newBench(t)
 	be.redis.kill()
-	pids := func() string {
-		return ask[string](psql(t, be.cfg), `SELECT coalesce(string_agg(pid::text, ' ' ORDER BY pid), '') `+listeners)
-	}
-	before := pids()
+	db := psql(t, be.cfg)
+	const pids = `SELECT coalesce(string_agg(pid::text, ' ' ORDER BY pid), '') ` + listeners
+	before := ask[string](db, pids)
+	equal(t, "the number of listeners in "+before, len(strings.Fields(before)), 2)
 	time.Sleep(3 * time.Second) // longer than it waits for an answer
-	if after := pids(); before == "" || after != before {
-		t.Errorf("the listeners were %q and are %q", before, after)
-	}
+	equal(t, "who listens", ask[string](db, pids), before)
 }
 
 // A connection breaks in the middle of a batch of commands: those before were answered, and only the others fail.
@@ -565,13 +530,11 @@ func TestBrokenBatch(t *testing.T) {
 func TestFlushedScripts(t *testing.T) {
 	be := newBench(t)
 	be.redis.do("SCRIPT", "FLUSH")
-	be.write(be.a, 1)
+	be.write(be.a, setStock(1))
 	be.read(be.b, 1)
 	be.awaitHit(be.a, 1)
 	doubts := be.a.cache.doubts.Load()
-	be.write(be.a, 2)
+	be.write(be.a, setStock(2))
 	be.awaitHit(be.a, 2)
-	if be.a.cache.doubts.Load() != doubts {
-		t.Error("the scripts are still missing")
-	}
+	equal(t, "doubts, while the scripts are there", be.a.cache.doubts.Load(), doubts)
 }

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -48,7 +47,8 @@ func (s *testServer) everything() (slowest time.Duration) {
 
 // TestRedisFails lets Redis fill up, stops it, silences it, and brings it back; all but /cache/clear works all the time.
 func TestRedisFails(t *testing.T) {
-	s := startAlone(t)
+	r, cfg := alone(t)
+	s := startServer(t, cfg)
 	back := func(limit time.Duration) {
 		t.Helper()
 		within(t, s.awaitHit("/products"), limit, "the return of the cache")
@@ -63,24 +63,24 @@ func TestRedisFails(t *testing.T) {
 	}
 	back(2 * time.Second)
 
-	s.redis.do("CONFIG", "SET", "maxmemory", "1")
+	r.do("CONFIG", "SET", "maxmemory", "1")
 	s.everything()
 	s.wantSource(bypass, "/products")
-	s.redis.do("CONFIG", "SET", "maxmemory", "0")
+	r.do("CONFIG", "SET", "maxmemory", "0")
 	back(2 * time.Second)
 
-	s.redis.kill()
+	r.kill()
 	s.everything()
 	gone()
-	s.redis.start()
+	r.start()
 	back(settleTime + 3*time.Second)
 
-	s.redis.signal(syscall.SIGSTOP)
+	r.signal(syscall.SIGSTOP)
 	// Whoever comes first waits for Redis once, and not for longer than a command may take.
 	within(t, s.want(200, "GET", "/products", "").took, redisTimeout+redisTimeout/2, "the first request")
 	within(t, s.everything(), redisTimeout, "a request that had no need to wait for the silent Redis")
 	gone()
-	s.redis.signal(syscall.SIGCONT)
+	r.signal(syscall.SIGCONT)
 	back(2 * time.Second)
 }
 
@@ -149,15 +149,15 @@ func TestPostgresFails(t *testing.T) {
 	s.wantSource(miss, path)
 	s.wantSource(hit, path)
 
-	t.Cleanup(func() { postgres(t, startPostgres) }) // does nothing where it runs
-	postgres(t, stopPostgres)
+	t.Cleanup(func() { postgres(startPostgres) }) // does nothing where it runs
+	postgres(stopPostgres)
 	eventually(t, "trust has ended", func() bool { return !s.cache.trusted() })
 	wantAllUnavailable(t, s, time.Second)
 	s.want(200, "GET", "/", "")
 	s.want(200, "GET", "/services", "")
 	s.wantHealth(503, "unhealthy", "disconnected", "connected")
 
-	postgres(t, startPostgres)
+	postgres(startPostgres)
 	back := time.Now()
 	eventually(t, "a write works", func() bool { return s.send("PUT", path, `{"stock":2}`).status == 200 })
 	s.awaitHit(path)
@@ -169,38 +169,34 @@ func TestPostgresFails(t *testing.T) {
 // TestPostgresSilent has a PostgreSQL that accepts connections and does not answer, since the start of the service or
 // later, as after a SIGSTOP: a proxy passes nothing on.
 func TestPostgresSilent(t *testing.T) {
-	t.Parallel()
-	for _, sinceStart := range []bool{true, false} {
-		t.Run(fmt.Sprint("since the start ", sinceStart), func(t *testing.T) {
-			_, behind := alone(t)
-			proxy := startProxy(t, net.JoinHostPort(behind.postgresHost, behind.postgresPort), nil)
-			cfg := behind
-			cfg.postgresPort = proxy.port
-			proxy.pause(sinceStart)
-			s := startReplica(t, cfg)
-			if !sinceStart {
-				applySchema(t.Context(), s.db)
-				s.awaitHit("/products")
-				s.everything()
-				proxy.pause(true)
-			}
-			wantAllUnavailable(t, s, 6*time.Second)
-			s.wantHealth(503, "unhealthy", "disconnected", "connected")
-			proxy.pause(false)
+	twice(t, "since the start", func(t *testing.T, sinceStart bool) {
+		_, behind := alone(t)
+		proxy := startProxy(t, net.JoinHostPort(behind.postgresHost, behind.postgresPort), nil)
+		cfg := behind
+		cfg.postgresPort = proxy.port
+		proxy.pause(sinceStart)
+		s := startReplica(t, cfg)
+		if !sinceStart {
 			applySchema(t.Context(), s.db)
-			// The keys of the writes whose outcome nobody knows stay empty until their marks expire; a new product has none.
-			path := ""
-			eventually(t, "a write works", func() bool {
-				path = s.send("POST", "/products", `{"name":"b","price":1}`).header.Get("Location")
-				return path != ""
-			})
-			s.awaitHit(path)
-			// What was never acknowledged may have happened, but not twice.
-			if n := ask[int](psql(t, behind), `SELECT count(*) - count(DISTINCT name) FROM products WHERE name LIKE 'silent%'`); n > 0 {
-				t.Errorf("%d products were created twice", n)
-			}
+			s.awaitHit("/products")
+			s.everything()
+			proxy.pause(true)
+		}
+		wantAllUnavailable(t, s, 6*time.Second)
+		s.wantHealth(503, "unhealthy", "disconnected", "connected")
+		proxy.pause(false)
+		applySchema(t.Context(), s.db)
+		// The keys of the writes whose outcome nobody knows stay empty until their marks expire; a new product has none.
+		path := ""
+		eventually(t, "a write works", func() bool {
+			path = s.send("POST", "/products", `{"name":"b","price":1}`).header.Get("Location")
+			return path != ""
 		})
-	}
+		s.awaitHit(path)
+		// What was never acknowledged may have happened, but not twice.
+		more := ask[int](psql(t, behind), `SELECT count(*) - count(DISTINCT name) FROM products WHERE name LIKE 'silent%'`)
+		equal(t, "products that were created twice", more, 0)
+	})
 }
 
 // wantAllUnavailable sends what needs PostgreSQL, all at once, and wants an error that says so, within a limit.
@@ -210,18 +206,15 @@ func wantAllUnavailable(t *testing.T, s *testServer, limit time.Duration) {
 		{"GET", "/products", ""}, {"GET", "/products/1", ""}, {"GET", "/products?limit=1", ""}, {"GET", "/stats", ""},
 		{"POST", "/products", `{"name":"silent#","price":1}`}, {"PUT", "/products/1", `{"stock":1}`}, {"DELETE", "/products/1", ""},
 	}
-	var all sync.WaitGroup
-	for i := range 10 * len(requests) { // more than the pool has connections
-		all.Go(func() {
-			c := requests[i%len(requests)]
-			a, err := s.trySend(c.method, c.path, strings.Replace(c.body, "#", strconv.Itoa(i), 1))
-			if err != nil || a.status != 503 || a.took > limit || a.header.Get("Retry-After") == "" || !strings.Contains(a.body, "database unavailable") {
-				t.Errorf("%s %s: %d after %v, %v %v %s", c.method, c.path, a.status, a.took, err, a.header, a.body)
-			}
-			wantProblem(t, a)
-		})
-	}
-	all.Wait()
+	wait := concurrently(10*len(requests), func(i int) { // more than the pool has connections
+		c := requests[i%len(requests)]
+		a, err := s.trySend(c.method, c.path, strings.Replace(c.body, "#", strconv.Itoa(i), 1))
+		if err != nil || a.status != 503 || a.took > limit || a.header.Get("Retry-After") == "" || !strings.Contains(a.body, "database unavailable") {
+			t.Errorf("%s %s: %d after %v, %v %v %s", c.method, c.path, a.status, a.took, err, a.header, a.body)
+		}
+		wantProblem(t, a)
+	})
+	wait()
 }
 
 // A server without TLS says so, and the connection on which it does is closed before another one is made in the clear.
@@ -235,9 +228,8 @@ func TestNoConnectionLeftWithoutTLS(t *testing.T) {
 	check(conn.SetDeadline(time.Now().Add(5 * time.Second)))
 	must(io.ReadFull(conn, make([]byte, 8))) // an SSLRequest
 	must(conn.Write([]byte("N")))
-	if _, err := conn.Read(make([]byte, 1)); err != io.EOF {
-		t.Errorf("the connection was not closed: %v", err)
-	}
+	_, err := conn.Read(make([]byte, 1))
+	equal(t, "the end of the connection", err, io.EOF)
 }
 
 // TestPoolExhausted holds every connection: requests end in bounded time with a clear status.
@@ -262,9 +254,8 @@ func TestLockedRow(t *testing.T) {
 	s.want(200, "GET", path, "").says(`"stock":0`)
 
 	tx = lock(db, `SELECT FROM products FOR UPDATE`)
-	var second sync.WaitGroup
 	var changed product
-	second.Go(func() {
+	wait := concurrently(1, func(int) {
 		a, err := s.trySend("PUT", path, `{"stock":6}`)
 		if err != nil || json.Unmarshal([]byte(a.body), &changed) != nil || changed.Stock != 6 {
 			t.Errorf("%s %v", a.body, err)
@@ -273,10 +264,9 @@ func TestLockedRow(t *testing.T) {
 	eventually(t, "a statement waits", func() bool {
 		return ask[int](db, `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`) == 1
 	})
-	var first time.Time
-	check(tx.QueryRow(`UPDATE products SET updated_at = clock_timestamp() RETURNING updated_at`).Scan(&first))
+	first := ask[time.Time](tx, `UPDATE products SET updated_at = clock_timestamp() RETURNING updated_at`)
 	check(tx.Commit())
-	second.Wait()
+	wait()
 	if changed.UpdatedAt.Before(first) {
 		t.Errorf("updated at %v, after an update at %v", changed.UpdatedAt, first)
 	}
@@ -285,31 +275,25 @@ func TestLockedRow(t *testing.T) {
 
 // TestServersMissingAtStart starts the service before there is a Redis or a database.
 func TestServersMissingAtStart(t *testing.T) {
-	t.Parallel()
-	r, cfg := startRedis(t, testConfig())
+	r, cfg := alone(t)
 	r.kill()
-	db := psql(t, cfg)
+	db := psql(t, testConfig())
+	must(db.Exec("DROP DATABASE " + cfg.postgresDB))
 	password := filepath.Join(t.TempDir(), "password")
 	check(os.WriteFile(password, []byte(cfg.postgresPassword+"\n"), 0o600))
-	cfg.postgresDB = fmt.Sprintf("late_%d", os.Getpid())
 	p := startProcess(t, os.Args[0], cfg, "POSTGRES_PASSWORD=", "POSTGRES_PASSWORD_FILE="+password)
 	p.wantHealth(503, "unhealthy", "disconnected", "disconnected")
 	p.want(503, "GET", "/products", "")
-	mustExec(t, db, "CREATE DATABASE "+cfg.postgresDB)
-	t.Cleanup(func() { mustExec(t, db, "DROP DATABASE "+cfg.postgresDB+" WITH (FORCE)") })
+	must(db.Exec("CREATE DATABASE " + cfg.postgresDB))
 	p.wantHealth(200, "degraded", "connected", "disconnected")
 	p.wantSource(bypass, "/products")
 	r.start()
 	p.wantHealth(200, "healthy", "connected", "connected")
 	p.awaitHit("/products")
 
-	if out, err := webCommand(p.path, []string{"health"}, p.env).CombinedOutput(); err != nil {
-		t.Errorf("web health: %v %s", err, out)
-	}
+	wantExit(t, 0, "", p.path, p.env, "health")
 	p.kill()
-	if err := webCommand(p.path, []string{"health"}, p.env).Run(); err == nil {
-		t.Error("web health succeeds without a service")
-	}
+	wantExit(t, 1, "connection refused", p.path, p.env, "health")
 }
 
 // TestShutdown ends the service under load. It goes on for as long as a balancer may still send requests to it, then
@@ -319,41 +303,32 @@ func TestShutdown(t *testing.T) {
 	p := startProcess(t, os.Args[0], cfg)
 	p.wantHealth(200, "healthy", "connected", "connected")
 	endPost := p.beginPost()
-	var clients sync.WaitGroup
 	var acknowledged atomic.Int64
 	var balancerKnows atomic.Bool
-	for range 8 {
-		clients.Go(func() {
-			last := answer{}
-			for !balancerKnows.Load() {
-				var err error
-				if last, err = p.trySend("POST", "/products", `{"name":"p","price":1}`); err != nil || last.status != 201 {
-					t.Errorf("%d %v", last.status, err)
-					return
-				}
-				acknowledged.Add(1)
+	wait := concurrently(8, func(int) {
+		last := answer{}
+		for !balancerKnows.Load() {
+			var err error
+			if last, err = p.trySend("POST", "/products", `{"name":"p","price":1}`); err != nil || last.status != 201 {
+				t.Errorf("%d %v", last.status, err)
+				return
 			}
-			if !last.closes {
-				t.Error("the last answer leaves the connection open")
-			}
-		})
-	}
+			acknowledged.Add(1)
+		}
+		equal(t, "whether the last answer closes the connection", last.closes, true)
+	})
 	eventually(t, "the clients are at work", func() bool { return acknowledged.Load() > 100 })
 	p.signal(syscall.SIGTERM)
 	time.Sleep(drainTime - 500*time.Millisecond)
 	balancerKnows.Store(true)
-	clients.Wait()
+	wait()
 	eventually(t, "no connection is accepted", func() bool {
 		_, err := p.trySend("GET", "/", "")
 		return errors.Is(err, syscall.ECONNREFUSED)
 	})
 	endPost()
-	if err := p.Wait(); err != nil {
-		t.Errorf("exit: %v", err)
-	}
-	if n := ask[int64](psql(t, cfg), `SELECT count(*) FROM products`); n != acknowledged.Load()+1 {
-		t.Errorf("%d rows for %d acknowledged", n, acknowledged.Load()+1)
-	}
+	equal(t, "the exit", p.Wait(), nil)
+	equal(t, "rows", ask[int64](psql(t, cfg), `SELECT count(*) FROM products`), acknowledged.Load()+1)
 }
 
 // TestSlowClients sends a byte at a time, huge headers, and opens thousands of connections that say nothing.
@@ -362,18 +337,12 @@ func TestSlowClients(t *testing.T) {
 	p := startProcess(t, os.Args[0], cfg, "LOG_LEVEL=warn")
 	p.wantHealth(200, "healthy", "connected", "connected")
 	var clients sync.WaitGroup
-	for _, c := range []struct {
-		head  string
-		limit time.Duration
-	}{
-		{"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ", 8 * time.Second},
-		{"POST /products HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n", 13 * time.Second},
-	} {
-		conn, began := p.dial(c.head), time.Now()
+	slowly := func(head string, limit time.Duration) {
+		conn, began := p.dial(head), time.Now()
 		clients.Go(func() {
 			_, _ = io.Copy(io.Discard, conn) // until the server closes the connection
-			if took := time.Since(began); took < 4*time.Second || took > c.limit {
-				t.Errorf("a byte a second was read for %v after %q", took, c.head)
+			if took := time.Since(began); took < 4*time.Second || took > limit {
+				t.Errorf("a byte a second was read for %v after %q", took, head)
 			}
 		})
 		go func() {
@@ -382,6 +351,9 @@ func TestSlowClients(t *testing.T) {
 			}
 		}()
 	}
+	slowly("GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ", 8*time.Second)
+	slowly("POST /products HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n",
+		13*time.Second)
 	// A body that takes longer than a request may has its whole time afterwards: it is not changed and then refused.
 	endPost := p.beginPost()
 	clients.Go(func() {
@@ -454,9 +426,7 @@ func TestClientsThatLeave(t *testing.T) {
 		s.want(200, "GET", "/products", "")
 	}
 	eventually(t, "half of the clients have left before", func() bool { return left.Load() >= 198 })
-	if n := s.cache.doubts.Load() - doubts; n > 0 {
-		t.Errorf("%d doubts", n)
-	}
+	equal(t, "doubts", s.cache.doubts.Load(), doubts)
 	s.wantHealth(200, "healthy", "connected", "connected")
 }
 
@@ -467,7 +437,7 @@ func TestAlteredTable(t *testing.T) {
 		for range 2 * poolSize() { // not cached
 			s.want(200, "GET", "/products?limit=1", "")
 		}
-		mustExec(t, psql(t, s.cfg), "ALTER TABLE products ALTER stock TYPE "+kind)
+		must(psql(t, s.cfg).Exec("ALTER TABLE products ALTER stock TYPE " + kind))
 	}
 	s.want(200, "GET", "/products?limit=1", "")
 }
@@ -476,7 +446,7 @@ func TestAlteredTable(t *testing.T) {
 func TestUnspeakableRow(t *testing.T) {
 	s := startAlone(t)
 	path := s.create(`{"name":"a","price":1}`)
-	mustExec(t, psql(t, s.cfg), "UPDATE products SET created_at = '10001-01-01'")
+	must(psql(t, s.cfg).Exec("UPDATE products SET created_at = '10001-01-01'"))
 	for _, path := range []string{path, "/products", "/products?limit=1"} {
 		eventually(t, "an error", func() bool { return s.send("GET", path, "").status == 500 })
 		s.want(500, "GET", path, "")
@@ -498,11 +468,9 @@ func TestBadConfiguration(t *testing.T) {
 		{"POSTGRES_HOST", "bad host", "bad host"}, {"POSTGRES_HOST", "[::1", "[::1"},
 		{"POSTGRES_PASSWORD_FILE", "/dev/null", "POSTGRES_PASSWORD"}, {"REDIS_PASSWORD_FILE", "/nowhere", "/nowhere"},
 	} {
-		out, err := webCommand(os.Args[0], nil, []string{"POSTGRES_PASSWORD=hush", c.name + "=" + c.value}).CombinedOutput()
-		exit, _ := errors.AsType[*exec.ExitError](err)
-		if exit == nil || exit.ExitCode() != 2 || strings.Count(string(out), "\n") != 1 || !strings.Contains(string(out), c.name) ||
-			!strings.Contains(string(out), c.says) || strings.Contains(string(out), "hush") {
-			t.Errorf("%s=%s: %v %s", c.name, c.value, err, out)
+		out := wantExit(t, 2, c.says, os.Args[0], []string{"POSTGRES_PASSWORD=hush", c.name + "=" + c.value})
+		if strings.Count(out, "\n") != 1 || !strings.Contains(out, c.name) || strings.Contains(out, "hush") {
+			t.Errorf("%s=%s: %s", c.name, c.value, out)
 		}
 	}
 }
@@ -515,10 +483,9 @@ func TestUnixSocket(t *testing.T) {
 	socket := must(net.Listen("unix", cfg.postgresHost+"/.s.PGSQL."+cfg.postgresPort))
 	defer socket.Close()
 	startReplica(t, cfg)
-	_ = socket.(*net.UnixListener).SetDeadline(time.Now().Add(10 * time.Second))
-	if _, err := socket.Accept(); err != nil {
-		t.Error(err)
-	}
+	check(socket.(*net.UnixListener).SetDeadline(time.Now().Add(10 * time.Second)))
+	_, err := socket.Accept()
+	equal(t, "the error of the socket", err, nil)
 }
 
 // TestPing is `web ping`, and the same under the name of ping.
@@ -527,20 +494,12 @@ func TestPing(t *testing.T) {
 	cfg := testConfig()
 	link := t.TempDir() + "/ping"
 	check(os.Symlink(os.Args[0], link))
-	ping := func(exit int, says, path string, args ...string) {
-		t.Helper()
-		cmd := webCommand(path, args, nil)
-		out, err := cmd.CombinedOutput()
-		if cmd.ProcessState.ExitCode() != exit || !strings.Contains(string(out), says) {
-			t.Errorf("%v: %v %s", args, err, out)
-		}
-	}
-	ping(0, "1 tries, 1 connected", os.Args[0], "ping", "-c", "1", cfg.postgresHost)
-	ping(0, "2 tries, 2 connected", link, "-c", "2", net.JoinHostPort(cfg.redisHost, cfg.redisPort))
-	ping(1, "1 tries, 0 connected", link, "-c", "1", "127.0.0.1:1")
-	ping(2, "HOST:PORT", link, "somewhere")
-	ping(2, "usage", link)
-	ping(2, "usage", os.Args[0], "serve")
+	wantExit(t, 0, "1 tries, 1 connected", os.Args[0], nil, "ping", "-c", "1", cfg.postgresHost)
+	wantExit(t, 0, "2 tries, 2 connected", link, nil, "-c", "2", net.JoinHostPort(cfg.redisHost, cfg.redisPort))
+	wantExit(t, 1, "1 tries, 0 connected", link, nil, "-c", "1", "127.0.0.1:1")
+	wantExit(t, 2, "HOST:PORT", link, nil, "somewhere")
+	wantExit(t, 2, "usage", link, nil)
+	wantExit(t, 2, "usage", os.Args[0], nil, "serve")
 }
 
 // TestHerd sends a thousand requests at a time, and keeps PostgreSQL from answering before all have arrived. They cost
@@ -554,27 +513,23 @@ func TestHerd(t *testing.T) {
 	path := s.create(`{"name":"a","price":1}`)
 	db := psql(t, cfg)
 	// Every query of the list, or of the one product, calls nextval once. That needs no extension.
-	mustExec(t, db, `CREATE SEQUENCE asked`)
-	mustExec(t, db, `ALTER TABLE products RENAME TO stored`)
-	mustExec(t, db, `CREATE VIEW products AS SELECT id, name || CASE nextval('asked') WHEN 0 THEN '' ELSE '' END AS name, description, price, stock, category, created_at, updated_at FROM stored`)
+	must(db.Exec(`CREATE SEQUENCE asked`))
+	must(db.Exec(`ALTER TABLE products RENAME TO stored`))
+	must(db.Exec(`CREATE VIEW products AS SELECT id, name || CASE nextval('asked') WHEN 0 THEN '' ELSE '' END AS name, description, price, stock, category, created_at, updated_at FROM stored`))
 	var arrived atomic.Int64
 	s.serveThrough(func(*http.Request) { arrived.Add(1) })
 	all := func(status int, path string, sources ...source) (wait func()) {
-		var readers sync.WaitGroup
-		for range 1000 {
-			readers.Go(func() {
-				if a, err := s.trySend("GET", path, ""); err != nil || a.status != status || !slices.Contains(sources, a.source()) {
-					t.Errorf("%d %q %s %v", a.status, a.source(), a.body, err)
-				}
-			})
-		}
-		return readers.Wait
+		return concurrently(1000, func(int) {
+			if a, err := s.trySend("GET", path, ""); err != nil || a.status != status || !slices.Contains(sources, a.source()) {
+				t.Errorf("%d %q %s %v", a.status, a.source(), a.body, err)
+			}
+		})
 	}
 	all(200, "/", "")() // opens the connections beforehand: a statement waits for a lock for 2 s only
 	herd := func(status int, path string, sources ...source) {
 		t.Helper()
 		arrived.Store(0)
-		mustExec(t, db, `SELECT setval('asked', 1)`)
+		must(db.Exec(`SELECT setval('asked', 1)`))
 		tx := lock(db, `LOCK TABLE stored`)
 		wait := all(status, path, sources...)
 		eventually(t, "all requests have arrived", func() bool { return arrived.Load() == 1000 })

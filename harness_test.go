@@ -16,7 +16,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -85,14 +87,12 @@ func testConfig() config { return must(configure(os.Getenv)) }
 // withDatabase returns cfg with a database of its own, which is dropped when the test ends, and an empty Redis: who
 // used it before may have left marks that have not expired.
 func withDatabase(t testing.TB, cfg config) config {
-	t.Helper()
-	conn := must(redis.Dial("tcp", net.JoinHostPort(cfg.redisHost, cfg.redisPort)))
-	defer conn.Close()
-	must(conn.Do("FLUSHALL"))
+	used := redisServer{port: cfg.redisPort}
+	used.do("FLUSHALL")
 	admin := psql(t, cfg)
 	cfg.postgresDB = fmt.Sprintf("test_%d_%d", os.Getpid(), databases.Add(1))
-	mustExec(t, admin, "CREATE DATABASE "+cfg.postgresDB)
-	t.Cleanup(func() { mustExec(t, admin, "DROP DATABASE "+cfg.postgresDB+" WITH (FORCE)") })
+	must(admin.Exec("CREATE DATABASE " + cfg.postgresDB))
+	t.Cleanup(func() { must(admin.Exec("DROP DATABASE " + cfg.postgresDB + " WITH (FORCE)")) })
 	return cfg
 }
 
@@ -104,15 +104,8 @@ func psql(t testing.TB, cfg config) *sql.DB {
 	return db
 }
 
-func mustExec(t testing.TB, db *sql.DB, query string, args ...any) {
-	t.Helper()
-	if _, err := db.Exec(query, args...); err != nil {
-		t.Fatalf("%s: %v", query, err)
-	}
-}
-
-// ask returns the one value that a query is answered with.
-func ask[T any](db *sql.DB, query string, args ...any) (value T) {
+// ask returns the one value that a query is answered with, on a connection of a pool or in a transaction.
+func ask[T any](db interface{ QueryRow(string, ...any) *sql.Row }, query string, args ...any) (value T) {
 	check(db.QueryRow(query, args...).Scan(&value))
 	return value
 }
@@ -129,8 +122,7 @@ type testServer struct {
 	*server
 	t         testing.TB
 	url       string
-	redis     *redisServer // where it is the test's own
-	stopCache func()       // ends cache.Run
+	stopCache func() // ends cache.Run
 }
 
 // alone returns a configuration with a database and a Redis of the test's own, so that it may run beside others.
@@ -144,10 +136,8 @@ func alone(t *testing.T) (*redisServer, config) {
 // startAlone starts the service for a test that may run beside others.
 func startAlone(t *testing.T) *testServer {
 	t.Helper()
-	r, cfg := alone(t)
-	s := startServer(t, cfg)
-	s.redis = r
-	return s
+	_, cfg := alone(t)
+	return startServer(t, cfg)
 }
 
 // startServer starts the service and waits until it is ready and trusts its cache.
@@ -161,7 +151,6 @@ func startServer(t testing.TB, cfg config) *testServer {
 
 // startReplica starts the service without waiting for anything.
 func startReplica(t testing.TB, cfg config) *testServer {
-	t.Helper()
 	s := must(newServer(cfg))
 	ctx, cancel := context.WithCancel(context.Background())
 	go s.cache.Run(ctx)
@@ -191,11 +180,28 @@ func within(t testing.TB, took, limit time.Duration, what string) {
 	}
 }
 
-// equal fails the test unless two texts are the same.
-func equal(t testing.TB, what, got, want string) {
+// equal fails the test unless two values are the same.
+func equal[T comparable](t testing.TB, what string, got, want T) {
 	t.Helper()
 	if got != want {
-		t.Errorf("%s: got %s, want %s", what, got, want)
+		t.Errorf("%s: got %v, want %v", what, got, want)
+	}
+}
+
+// concurrently calls f so many times at the same time, with 0, 1, 2 and so on. What it returns waits for all of them.
+func concurrently(times int, f func(i int)) (wait func()) {
+	var group sync.WaitGroup
+	for i := range times {
+		group.Go(func() { f(i) })
+	}
+	return group.Wait
+}
+
+// twice runs a test without and with something, both at the same time and beside other tests.
+func twice(t *testing.T, something string, test func(t *testing.T, with bool)) {
+	t.Parallel()
+	for _, with := range []bool{false, true} {
+		t.Run(fmt.Sprint(something, " ", with), func(t *testing.T) { test(t, with) })
 	}
 }
 
@@ -287,9 +293,7 @@ func (s *testServer) create(body string) (path string) {
 func (s *testServer) wantSource(from source, path string) string {
 	s.t.Helper()
 	a := s.want(200, "GET", path, "")
-	if a.source() != from {
-		s.t.Errorf("GET %s: Cache-Status %q, want %q", path, a.source(), from)
-	}
+	equal(s.t, "Cache-Status of "+path, a.source(), from)
 	return a.body
 }
 
@@ -299,11 +303,13 @@ func (s *testServer) awaitHit(path string) time.Duration {
 	return eventually(s.t, "a hit of "+path, func() bool { return s.send("GET", path, "").source() == hit })
 }
 
-// A child is a process that a test starts. It ends when the test says so or, at the latest, with the guard.
+// A child is a process that a test starts, in check.sh's environment with what is added to it. It is the service where
+// the program is this binary, as TestMain has it. It ends when the test says so or, at the latest, with the guard.
 type child struct{ *exec.Cmd }
 
-func newChild(program string, args ...string) child {
+func newChild(env []string, program string, args ...string) child {
 	cmd := exec.Command(program, args...)
+	cmd.Env = slices.Concat(os.Environ(), []string{"DESAFIO3_RUN=1"}, env)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pgid: guard.Process.Pid}
 	return child{cmd}
 }
@@ -316,7 +322,7 @@ func (c child) kill() {
 
 func (c child) signal(sig syscall.Signal) { check(c.Process.Signal(sig)) }
 
-// A process is a program that serves HTTP. It is the service where its path is that of this binary, as TestMain has it.
+// A process is a program that serves HTTP.
 type process struct {
 	child
 	*testServer
@@ -325,22 +331,13 @@ type process struct {
 	log  string // a file
 }
 
-// webCommand is a command line of the service, in check.sh's environment with what is added to it.
-func webCommand(path string, args, env []string) child {
-	c := newChild(path, args...)
-	c.Env = append(append(os.Environ(), "DESAFIO3_RUN=1"), env...)
-	return c
-}
-
-// startProcess starts a program on a free port and waits until it listens. None may leave a data race or a panic in its
-// log.
+// startProcess starts a program on a free port. None may leave a data race or a panic in its log.
 func startProcess(t testing.TB, path string, cfg config, env ...string) *process {
 	t.Helper()
 	port := freePort()
 	p := &process{testServer: &testServer{t: t, url: "http://127.0.0.1:" + port}, path: path, log: filepath.Join(t.TempDir(), "web.log")}
 	p.env = append([]string{"PORT=" + port, "POSTGRES_SSLMODE=disable", "POSTGRES_HOST=" + cfg.postgresHost, "POSTGRES_PORT=" + cfg.postgresPort,
 		"POSTGRES_DB=" + cfg.postgresDB, "REDIS_HOST=" + cfg.redisHost, "REDIS_PORT=" + cfg.redisPort}, env...)
-	p.start()
 	t.Cleanup(func() {
 		p.kill()
 		log := must(os.ReadFile(p.log))
@@ -348,22 +345,38 @@ func startProcess(t testing.TB, path string, cfg config, env ...string) *process
 			t.Errorf("the end of the log of %s:\n%s", p.url, log[max(0, len(log)-5000):])
 		}
 	})
-	eventually(t, "the service listens", func() bool { _, err := p.trySend("GET", "/", ""); return err == nil })
+	p.start()
 	return p
 }
 
-// start starts it, or starts it again.
+// start starts it, or starts it again, and waits until it listens.
 func (p *process) start() {
+	p.t.Helper()
 	log := must(os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600))
 	defer log.Close()
-	p.child = webCommand(p.path, nil, p.env)
+	p.child = newChild(p.env, p.path)
 	p.Stdout, p.Stderr = log, log
 	check(p.Start())
+	eventually(p.t, "the service listens", func() bool {
+		_, err := p.trySend("GET", "/", "")
+		return err == nil
+	})
+}
+
+// wantExit runs a command line of the service to its end, checks its exit status and that it says something, and
+// returns all that it says.
+func wantExit(t testing.TB, status int, says, path string, env []string, args ...string) string {
+	t.Helper()
+	cmd := newChild(env, path, args...)
+	out, err := cmd.CombinedOutput()
+	if cmd.ProcessState.ExitCode() != status || !strings.Contains(string(out), says) {
+		t.Errorf("%s %v: %v %s", args, env, err, out)
+	}
+	return string(out)
 }
 
 // listen takes a port of 127.0.0.1 until the test ends.
 func listen(t testing.TB) (l net.Listener, port string) {
-	t.Helper()
 	l = must(net.Listen("tcp", "127.0.0.1:0"))
 	t.Cleanup(func() { l.Close() })
 	_, port, _ = net.SplitHostPort(l.Addr().String())
@@ -406,7 +419,7 @@ func (r *redisServer) launch() {
 	if err != nil {
 		program = "valkey-server"
 	}
-	r.child = newChild(program, "--port", r.port, "--bind", "127.0.0.1", "--dir", os.Getenv("TEST_DIR"), "--save", "", "--dbfilename", r.port)
+	r.child = newChild(nil, program, "--port", r.port, "--bind", "127.0.0.1", "--dir", os.Getenv("TEST_DIR"), "--save", "", "--dbfilename", r.port)
 	check(r.Start())
 }
 
@@ -451,13 +464,10 @@ func (r *redisServer) try(command string, args ...any) (any, error) {
 
 // postgres runs lines of bash with the functions of scripts/lib.sh, to stop and start the PostgreSQL that check.sh has
 // started. A test that does so must not run beside others.
-func postgres(t testing.TB, lines string) {
-	t.Helper()
+func postgres(lines string) {
 	cmd := exec.Command("bash", "-c", "set -euo pipefail; source scripts/lib.sh; "+lines)
 	cmd.Stderr = os.Stderr // not a pipe: the server would keep it open
-	if err := cmd.Run(); err != nil {
-		t.Fatalf("%s: %v", lines, err)
-	}
+	check(cmd.Run())
 }
 
 const (
@@ -483,7 +493,6 @@ type line struct {
 }
 
 func startProxy(t testing.TB, target string, watch func(data []byte)) *proxy {
-	t.Helper()
 	l, port := listen(t)
 	x := &proxy{port: port, ctx: t.Context(), watch: watch}
 	x.renew(target)

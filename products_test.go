@@ -51,12 +51,8 @@ func TestRefusals(t *testing.T) {
 		t.Run(fmt.Sprintf("%s %s %.60s", method, path, body), func(t *testing.T) {
 			before := rows(db)
 			a := (&testServer{server: s.server, t: t, url: s.url}).want(status, method, path, body, headers...)
-			if !strings.Contains(strings.ReplaceAll(a.body, `\"`, `"`), says) {
-				t.Errorf("the error does not say %q: %s", says, a.body)
-			}
-			if status == 405 && a.header.Get("Allow") == "" {
-				t.Error("405 without Allow")
-			}
+			a.says(says)
+			equal(t, "whether it says what is allowed", a.header.Get("Allow") != "", status == 405)
 			equal(t, "all rows", rows(db), before)
 		})
 	}
@@ -154,15 +150,13 @@ func TestAccepted(t *testing.T) {
 // TestPages walks through a category page by page and must meet every product of it once.
 func TestPages(t *testing.T) {
 	s := startAlone(t)
-	mustExec(t, s.db, `INSERT INTO products (name, price, category) SELECT 'p' || n, n, CASE n % 2 WHEN 0 THEN 'a&b' ELSE '' END FROM generate_series(1, 25) n`)
+	must(s.db.Exec(`INSERT INTO products (name, price, category) SELECT 'p' || n, n, CASE n % 2 WHEN 0 THEN 'a&b' ELSE '' END FROM generate_series(1, 25) n`))
 	walk := func(path string, pages ...int) { // products a page
 		t.Helper()
 		last := int64(0)
 		for i, want := range pages {
 			a := s.want(200, "GET", path, "")
-			if a.source() != "" {
-				t.Errorf("%s says %s", path, a.source())
-			}
+			equal(t, "Cache-Status of "+path, a.source(), "")
 			var list productList
 			check(json.Unmarshal([]byte(a.body), &list))
 			if list.Count != want || len(list.Products) != want || (list.Next == "") != (i == len(pages)-1) {
@@ -214,9 +208,8 @@ func TestIndexAndServices(t *testing.T) {
 			t.Errorf("%s: %s", path, body)
 		}
 	}
-	if list := s.want(200, "GET", "/", "").body; strings.Count(list, `":"`) != 2+len(s.endpoints()) {
-		t.Errorf("not all endpoints: %s", list)
-	}
+	list := s.want(200, "GET", "/", "").body
+	equal(t, "texts in "+list, strings.Count(list, `":"`), 2+len(s.endpoints()))
 }
 
 // FuzzDecode checks that a body that is accepted is one that PostgreSQL will take, and that none crashes the decoder.

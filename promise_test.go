@@ -167,17 +167,17 @@ func newPromise(t *testing.T, seed uint64) *promise {
 		p.replicas = append(p.replicas, &replica{startProcess(t, os.Args[0], own, "LOG_LEVEL=warn"), proxy})
 	}
 	p.replicas[0].wantHealth(200, "healthy", "connected", "connected") // so there is a table
-	mustExec(t, p.psql, `CREATE FUNCTION only_rises() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+	must(p.psql.Exec(`CREATE FUNCTION only_rises() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 		IF NEW.stock < OLD.stock THEN RAISE EXCEPTION 'stock would fall from % to %', OLD.stock, NEW.stock; END IF;
 		IF current_setting('application_name') LIKE 'desafio3%' THEN
 			PERFORM pg_sleep(CASE WHEN random() < 0.02 THEN random() * 1.2 WHEN random() < 0.5 THEN random() * 0.01 ELSE 0 END);
 		END IF;
-		RETURN NEW; END $$`)
-	mustExec(t, p.psql, `CREATE TRIGGER only_rises BEFORE UPDATE ON products FOR EACH ROW EXECUTE FUNCTION only_rises()`)
+		RETURN NEW; END $$`))
+	must(p.psql.Exec(`CREATE TRIGGER only_rises BEFORE UPDATE ON products FOR EACH ROW EXECUTE FUNCTION only_rises()`))
 	for id := range int64(5) {
 		p.items = append(p.items, &item{id: id + 1, next: 2, floor: 1})
 	}
-	mustExec(t, p.psql, `INSERT INTO products (id, name, price, stock) SELECT id, 'thing', 1, 1 FROM generate_series(1, 5) id`)
+	must(p.psql.Exec(`INSERT INTO products (id, name, price, stock) SELECT id, 'thing', 1, 1 FROM generate_series(1, 5) id`))
 	p.settle(t)
 	return p
 }
@@ -363,9 +363,9 @@ func (p *promise) silence(*testing.T) {
 }
 
 // restartPostgres crashes PostgreSQL.
-func (p *promise) restartPostgres(t *testing.T) {
+func (p *promise) restartPostgres(*testing.T) {
 	p.sleep(50 * time.Millisecond)
-	postgres(t, stopPostgres+startPostgres)
+	postgres(stopPostgres + startPostgres)
 }
 
 // kill ends a replica without a warning, wherever it is, and starts it again.
