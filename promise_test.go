@@ -19,11 +19,6 @@ import (
 	"time"
 )
 
-const (
-	replicas = 3
-	readers  = 12
-)
-
 // TestPromise is the sceptic: three replicas, one PostgreSQL and one Redis, faults in all of them, and every read
 // held against everything that was acknowledged or read before it began. SEED repeats the choices of a run (not its
 // timing), PROMISE is about how many reads to make. With -race the replicas have the race detector, too. A phase
@@ -45,22 +40,15 @@ func TestPromise(t *testing.T) {
 
 // A promise is the service under test, what is known of its products, and the figures of each phase.
 type promise struct {
-	replicas []*replica
-	items    []*item // by id, from 1; the first has no writer, so that it can always be a hit
+	replicas []*process // each reaches PostgreSQL and Redis only through proxies of its own
+	proxies  []*proxy   // these to Redis
+	items    []*item    // by id, from 1; the first has no writer, so that it can always be a hit
 	psql     *sql.DB
 	redis    *redisServer
-	stories  atomic.Int32 // of stale reads, told so far
 
 	mu  sync.Mutex // guards what follows
 	rnd *rand.Rand
-	now figures
-	all []figures // of the phases that have ended
-}
-
-// A replica is a process that reaches PostgreSQL and Redis only through proxies of its own.
-type replica struct {
-	*process
-	redis *proxy
+	all []figures // of the phases so far
 }
 
 // The figures of a phase, by column.
@@ -75,24 +63,23 @@ var columns = []string{"reads", "hits", "writes", "faults", "errors", "stale rea
 func (p *promise) count(column string, n int) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	counts := p.all[len(p.all)-1].counts
 	if column == "slowest, ms" {
-		n = max(n-p.now.counts[column], 0)
+		n = max(n-counts[column], 0)
 	}
-	p.now.counts[column] += n
-	return p.now.counts[column]
+	counts[column] += n
+	return counts[column]
 }
 
 // An item is a product whose stock only rises: a stock is a version. A trigger of the test's own sees to it that a
 // write which was never acknowledged, and may come at any time, cannot lower it.
 type item struct {
 	id      int64
-	writing sync.Mutex // one writer at a time
+	version int // that its one writer has sent
 
 	mu     sync.Mutex // guards what follows
-	next   int
-	acked  int
-	floor  int      // what was acknowledged or read: nobody may read less any more
-	events []string // the latest
+	floor  int        // what was acknowledged or read: nobody may read less any more
+	events []string   // the latest
 }
 
 // note keeps a line for the story of a stale read, with mu held.
@@ -101,33 +88,6 @@ func (it *item) note(format string, args ...any) {
 		it.events = slices.Delete(it.events, 0, 200)
 	}
 	it.events = append(it.events, time.Now().Format("15:04:05.000000 ")+fmt.Sprintf(format, args...))
-}
-
-// known returns the version below which a read that begins now must not be.
-func (it *item) known() int {
-	it.mu.Lock()
-	defer it.mu.Unlock()
-	return it.floor
-}
-
-// change gives f the version that is written next, and notes how it ends.
-func (it *item) change(who string, f func(version int) error) error {
-	it.writing.Lock()
-	defer it.writing.Unlock()
-	it.mu.Lock()
-	version := it.next
-	it.next++
-	it.note("%s writes %d", who, version)
-	it.mu.Unlock()
-	err := f(version)
-	it.mu.Lock()
-	defer it.mu.Unlock()
-	it.note("%s has written %d: %v", who, version, err)
-	if err == nil {
-		it.acked = version
-		it.floor = max(it.floor, version)
-	}
-	return err
 }
 
 // judge holds what a read returned against the floor at which it began.
@@ -140,20 +100,17 @@ func (p *promise) judge(t *testing.T, it *item, version, floor int, from string,
 	if version >= floor {
 		return
 	}
-	p.count("stale reads", 1)
 	t.Fail()
-	if p.stories.Add(1) <= 3 {
+	if p.count("stale reads", 1) <= 3 { // more stories say no more
 		t.Errorf("STALE: product %d through %s is %d, at least %d was known %v ago when it was asked for\n%s",
 			it.id, from, version, floor, took, strings.Join(it.events, "\n"))
 	}
 }
 
 func newPromise(t *testing.T, seed uint64) *promise {
-	p := &promise{rnd: rand.New(rand.NewPCG(seed, 0))}
-	var cfg config
-	p.redis, cfg = startRedis(t, testConfig())
+	r, cfg := startRedis(t, testConfig())
 	cfg = withDatabase(t, cfg)
-	p.psql = psql(t, cfg)
+	p := &promise{redis: r, psql: psql(t, cfg), rnd: rand.New(rand.NewPCG(seed, 0))}
 	// Now and then something takes a while, so that what is a matter of microseconds elsewhere happens often here.
 	delay := func([]byte) {
 		if p.random(25) == 0 {
@@ -161,10 +118,11 @@ func newPromise(t *testing.T, seed uint64) *promise {
 		}
 	}
 	redis, postgres := "127.0.0.1:"+p.redis.port, net.JoinHostPort(cfg.postgresHost, cfg.postgresPort)
-	for range replicas {
+	for range 3 {
 		own, proxy := cfg, startProxy(t, redis, delay)
 		own.redisPort, own.postgresHost, own.postgresPort = proxy.port, "127.0.0.1", startProxy(t, postgres, delay).port
-		p.replicas = append(p.replicas, &replica{startProcess(t, os.Args[0], own, "LOG_LEVEL=warn"), proxy})
+		p.replicas = append(p.replicas, startProcess(t, os.Args[0], own, "LOG_LEVEL=warn"))
+		p.proxies = append(p.proxies, proxy)
 	}
 	p.replicas[0].wantHealth(200, "healthy", "connected", "connected") // so there is a table
 	must(p.psql.Exec(`CREATE FUNCTION only_rises() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -175,7 +133,7 @@ func newPromise(t *testing.T, seed uint64) *promise {
 		RETURN NEW; END $$`))
 	must(p.psql.Exec(`CREATE TRIGGER only_rises BEFORE UPDATE ON products FOR EACH ROW EXECUTE FUNCTION only_rises()`))
 	for id := range int64(5) {
-		p.items = append(p.items, &item{id: id + 1, next: 2, floor: 1})
+		p.items = append(p.items, &item{id: id + 1, version: 1, floor: 1})
 	}
 	must(p.psql.Exec(`INSERT INTO products (id, name, price, stock) SELECT id, 'thing', 1, 1 FROM generate_series(1, 5) id`))
 	p.settle(t)
@@ -191,33 +149,28 @@ func (p *promise) random(n int) int {
 
 func (p *promise) sleep(longest time.Duration) { time.Sleep(time.Duration(p.random(int(longest)))) }
 
-func (p *promise) anyReplica() *replica { return p.replicas[p.random(len(p.replicas))] }
+func (p *promise) anyReplica() *process { return p.replicas[p.random(len(p.replicas))] }
 
 // phase runs readers and writers, and faults with as many reads between them, and then looks for what was written.
 func (p *promise) phase(t *testing.T, name string, n, times int, fault func(*testing.T)) {
 	t.Run(name, func(t *testing.T) {
-		p.now = figures{name, map[string]int{}}
-		defer func() { p.all = append(p.all, p.now) }()
+		p.all = append(p.all, figures{name, map[string]int{}})
 		var stop atomic.Bool
-		var group sync.WaitGroup
-		for _, it := range p.items[1:] {
-			group.Go(func() {
-				for !stop.Load() {
-					p.write(it)
-					p.sleep(30 * time.Millisecond)
-				}
-			})
-		}
-		for range readers {
-			group.Go(func() {
-				for !stop.Load() {
-					p.read(t)
-					p.sleep(2 * time.Millisecond)
-				}
-			})
-		}
+		awaitWriters := concurrently(len(p.items)-1, func(i int) {
+			for !stop.Load() {
+				p.write(p.items[1+i])
+				p.sleep(30 * time.Millisecond)
+			}
+		})
+		awaitReaders := concurrently(12, func(int) {
+			for !stop.Load() {
+				p.read(t)
+				p.sleep(2 * time.Millisecond)
+			}
+		})
 		func() {
-			defer group.Wait() // when the fault fails the test, too
+			defer awaitWriters() // when the fault fails the test, too
+			defer awaitReaders()
 			defer stop.Store(true)
 			for range times {
 				p.wait(t, n/(times+1))
@@ -232,7 +185,7 @@ func (p *promise) phase(t *testing.T, name string, n, times int, fault func(*tes
 		if n := p.count("errors", 0); times == 0 && n > 0 {
 			t.Errorf("%d errors without a fault", n)
 		}
-		within(t, time.Duration(p.now.counts["slowest, ms"])*time.Millisecond, 7*time.Second, "the slowest request")
+		within(t, time.Duration(p.count("slowest, ms", 0))*time.Millisecond, 7*time.Second, "the slowest request")
 	})
 }
 
@@ -245,7 +198,7 @@ func (p *promise) wait(t *testing.T, n int) {
 }
 
 // send sends a request through a replica and counts it.
-func (p *promise) send(r *replica, method, path, body string) (answer, error) {
+func (p *promise) send(r *process, method, path, body string) (answer, error) {
 	a, err := r.trySend(method, path, body)
 	p.count("slowest, ms", int(a.took.Milliseconds()))
 	if err != nil || a.status != 200 {
@@ -257,12 +210,19 @@ func (p *promise) send(r *replica, method, path, body string) (answer, error) {
 	return a, err
 }
 
+// write sends the next version of an item through a replica.
 func (p *promise) write(it *item) {
 	r := p.anyReplica()
-	if it.change(r.url, func(version int) error {
-		_, err := p.send(r, "PUT", fmt.Sprintf("/products/%d", it.id), fmt.Sprintf(`{"stock":%d}`, version))
-		return err
-	}) == nil {
+	it.version++
+	it.mu.Lock()
+	it.note("%s writes %d", r.url, it.version)
+	it.mu.Unlock()
+	_, err := p.send(r, "PUT", fmt.Sprintf("/products/%d", it.id), fmt.Sprintf(`{"stock":%d}`, it.version))
+	it.mu.Lock()
+	defer it.mu.Unlock()
+	it.note("%s has written %d: %v", r.url, it.version, err)
+	if err == nil {
+		it.floor = max(it.floor, it.version)
 		p.count("writes", 1)
 	}
 }
@@ -281,11 +241,13 @@ func (p *promise) read(t *testing.T) {
 }
 
 // readFrom reads one product or the list and judges what it says of the items.
-func (p *promise) readFrom(t *testing.T, r *replica, items []*item, path string) {
+func (p *promise) readFrom(t *testing.T, r *process, items []*item, path string) {
 	began := time.Now()
 	floors := make([]int, len(items))
 	for i, it := range items {
-		floors[i] = it.known()
+		it.mu.Lock()
+		floors[i] = it.floor
+		it.mu.Unlock()
 	}
 	a, err := p.send(r, "GET", path, "")
 	if err != nil {
@@ -315,16 +277,13 @@ func (p *promise) readFrom(t *testing.T, r *replica, items []*item, path string)
 func (p *promise) settle(t *testing.T) {
 	t.Helper()
 	for _, r := range p.replicas {
-		for path, words := range map[string]string{"/health": `"healthy","database":"connected","cache":"connected"`, "/products/1": string(hit)} {
-			eventually(t, r.url+path+" says "+words, func() bool {
-				a, _ := r.trySend("GET", path, "")
-				return strings.Contains(string(a.source())+a.body, words)
-			})
-		}
+		const well = `"healthy","database":"connected","cache":"connected"`
+		eventually(t, r.url+" is well", func() bool { return strings.Contains(r.send("GET", "/health", "").body, well) })
+		r.awaitHit("/products/1")
 	}
 }
 
-// search looks for every acknowledged write in every replica and in PostgreSQL.
+// search looks for every write that was acknowledged or seen, in every replica and in PostgreSQL.
 func (p *promise) search(t *testing.T) {
 	for _, r := range p.replicas {
 		p.readFrom(t, r, p.items, "/products")
@@ -333,9 +292,9 @@ func (p *promise) search(t *testing.T) {
 		}
 	}
 	for _, it := range p.items {
-		if stock := ask[int](p.psql, "SELECT stock FROM products WHERE id = $1", it.id); stock < it.acked {
+		if stock := ask[int](p.psql, "SELECT stock FROM products WHERE id = $1", it.id); stock < it.floor {
 			p.count("lost writes", 1)
-			t.Errorf("LOST: product %d in PostgreSQL is %d, %d was acknowledged", it.id, stock, it.acked)
+			t.Errorf("LOST: product %d in PostgreSQL is %d, %d was acknowledged or read", it.id, stock, it.floor)
 		}
 	}
 }
@@ -346,10 +305,10 @@ func (p *promise) oldSnapshot(t *testing.T) {
 	bringBack := p.redis.save()
 	target := p.count("writes", 0) + 20
 	eventually(t, "20 writes more", func() bool { return p.count("writes", 0) >= target })
-	all, one := p.random(2) == 0, p.anyReplica()
-	for _, r := range p.replicas {
-		if all || r == one {
-			r.redis.silence()
+	all, one := p.random(2) == 0, p.random(len(p.proxies))
+	for i, proxy := range p.proxies {
+		if all || i == one {
+			proxy.silence()
 		}
 	}
 	bringBack()
@@ -382,8 +341,8 @@ func (p *promise) report(t *testing.T) {
 	var text strings.Builder
 	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(w, "phase\t"+strings.Join(columns, "\t")+"\t")
-	p.now = figures{"total", map[string]int{}}
-	for _, f := range append(p.all, p.now) {
+	p.all = append(p.all, figures{"total", map[string]int{}})
+	for _, f := range p.all {
 		fmt.Fprintf(w, "%s\t", f.phase)
 		for _, column := range columns {
 			fmt.Fprintf(w, "%d\t", f.counts[column])
