@@ -66,10 +66,13 @@ func knob(name string, numbers ...int) []int {
 
 // ---------------------------------------------------------------- the load
 
-// A load is what the clients of a measurement send.
-type load struct {
-	requests [][]byte // whole and ready to send; a client takes one at random, again and again
-	rate     int      // requests a second of all clients together; 0: each sends when it has its answer
+// A scenario is a line of the table, and what the clients send for it.
+type scenario struct {
+	name      string
+	reference string
+	clients   []int
+	requests  [][]byte // whole and ready to send; a client takes one at random, again and again
+	rate      int      // requests a second of all clients together; 0: each sends when it has its answer
 }
 
 // requests makes a request for each id from 1 on; it stands where the path says ID.
@@ -106,49 +109,42 @@ const (
 )
 
 // measure puts the load on a program and says what came of it.
-func measure(p *process, l load, clients, seconds int) (m measurement) {
+func measure(p *process, s scenario, clients, seconds int) (m measurement) {
 	begin := time.Now()
 	start := begin.Add(300 * time.Millisecond)
 	end := start.Add(time.Duration(seconds) * time.Second)
 	var turns atomic.Int64
-	client := func() (latencies []time.Duration) {
+	latencies := make([][]time.Duration, clients)
+	wait := concurrently(clients, func(client int) {
 		conn := p.dial("")
 		defer conn.Close()
 		check(conn.SetDeadline(end.Add(time.Minute)))
 		in := bufio.NewReaderSize(conn, 16<<10)
+		var own []time.Duration
 		for {
 			sent := time.Now()
-			if l.rate > 0 {
+			if s.rate > 0 {
 				// Latency counts from the moment at which the request should have been sent. If it counted from the
 				// moment at which a client was free to send it, one slow answer would make the requests behind it
 				// wait and nobody would see that.
-				sent = begin.Add(time.Duration(turns.Add(1)) * time.Second / time.Duration(l.rate))
+				sent = begin.Add(time.Duration(turns.Add(1)) * time.Second / time.Duration(s.rate))
 				sleepUntil(sent)
 			}
 			if sent.After(end) {
-				return latencies
+				latencies[client] = own
+				return
 			}
-			exchange(conn, in, l.requests[rand.IntN(len(l.requests))])
-			now := time.Now()
-			counts := now.After(start) && now.Before(end)
-			if l.rate > 0 {
-				counts = sent.After(start) // a late answer most of all
-			}
-			if counts {
-				latencies = append(latencies, now.Sub(sent))
+			exchange(conn, in, s.requests[rand.IntN(len(s.requests))])
+			if sent.After(start) { // and before the end: a late answer counts, too
+				own = append(own, time.Since(sent))
 			}
 		}
-	}
-	latencies := make([][]time.Duration, clients)
-	var wait sync.WaitGroup
-	for i := range clients {
-		wait.Go(func() { latencies[i] = client() })
-	}
+	})
 	time.Sleep(time.Until(start))
 	busy := processorTime(p.Process.Pid)
 	time.Sleep(time.Until(end))
 	busy = processorTime(p.Process.Pid) - busy
-	wait.Wait()
+	wait()
 	all := slices.Sorted(slices.Values(slices.Concat(latencies...)))
 	n, ms := float64(len(all)), func(i int) float64 { return all[i].Seconds() * 1e3 }
 	m[perSecond], m[p50], m[p99] = n/float64(seconds), ms(len(all)/2), ms(len(all)*99/100)
@@ -203,9 +199,8 @@ func binaries(b *testing.B) []string {
 	path := filepath.Join(b.TempDir(), "service")
 	cmd := exec.Command("go", "build", "-trimpath", "-tags", "nethttpomithttp2", "-ldflags", "-s -w", "-o", path, ".")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		b.Fatalf("%v\n%s", err, out)
-	}
+	cmd.Stderr = os.Stderr
+	check(cmd.Run())
 	if base == "" {
 		return []string{path}
 	}
@@ -223,11 +218,6 @@ func catalogue(b *testing.B, products int) config {
 		FROM generate_series(1, $1::int) n`, products))
 	must(db.Exec("VACUUM ANALYZE products"))
 	return cfg
-}
-
-// await waits until the program answers with these words.
-func (p *process) await(path, words string) {
-	eventually(p.t, path+" says "+words, func() bool { return strings.Contains(p.send("GET", path, "").body, words) })
 }
 
 // init makes this program a reference, where BenchmarkRequests has started it.
@@ -287,14 +277,6 @@ func dialRedis() (redis.Conn, error) {
 
 // ---------------------------------------------------------------- the benchmarks
 
-// A scenario is a line of the table.
-type scenario struct {
-	name      string
-	reference string
-	clients   []int
-	load
-}
-
 const listCleared = "list, cleared 200 times a second"
 
 // scenarios are what is measured with a catalogue of so many products.
@@ -302,21 +284,21 @@ func scenarios(products int) []scenario {
 	ids, updates := requests("GET", "/products/ID", min(products, 1000)), requests("PUT", "/products/ID", min(products, 1000))
 	list, page := requests("GET", "/products", 1), requests("GET", fmt.Sprintf("/products?limit=20&after=%d", products/2), 1)
 	all := []scenario{
-		{"cached product", "bare handler", clientCount, load{ids, 0}},
-		{"page of 20, not cached", "bare handler", clientCount, load{page, 0}},
-		{"cached list", "bare handler", clientCount, load{list, 0}},
+		{"cached product", "bare handler", clientCount, ids, 0},
+		{"page of 20, not cached", "bare handler", clientCount, page, 0},
+		{"cached list", "bare handler", clientCount, list, 0},
 	}
 	switch products {
 	case 8:
 		all = append(all,
-			scenario{listCleared, "bare handler", []int{64}, load{list, 0}},
-			scenario{"list, a tenth updates, constant rate", "bare handler", []int{64}, load{mixed(list, updates), 3000}})
+			scenario{listCleared, "bare handler", []int{64}, list, 0},
+			scenario{"list, a tenth updates, constant rate", "bare handler", []int{64}, mixed(list, updates), 3000})
 	case 1000:
 		all = append(all,
-			scenario{"product, a tenth updates, constant rate", "bare handler", []int{64}, load{mixed(ids, updates), 3000}},
-			scenario{"update", "bare handler", clientCount, load{updates, 0}},
-			scenario{"update", "textbook", []int{64}, load{updates, 0}},
-			scenario{"creation", "bare handler", clientCount, load{requests("POST", "/products", 1), 0}})
+			scenario{"product, a tenth updates, constant rate", "bare handler", []int{64}, mixed(ids, updates), 3000},
+			scenario{"update", "bare handler", clientCount, updates, 0},
+			scenario{"update", "textbook", []int{64}, updates, 0},
+			scenario{"creation", "bare handler", clientCount, requests("POST", "/products", 1), 0})
 	}
 	return all
 }
@@ -332,7 +314,7 @@ func BenchmarkRequests(b *testing.B) {
 			programs := []*process{nil} // for the reference
 			for _, path := range paths {
 				p := startProcess(b, path, cfg, logLevel)
-				p.await("/stats", `"trusted":true`)
+				p.awaitHit("/products/1")
 				programs = append(programs, p)
 			}
 			references := map[string]*process{}
@@ -350,7 +332,7 @@ func BenchmarkRequests(b *testing.B) {
 						if s.rate > 0 {
 							seconds *= 3 // fewer requests a second
 						}
-						cells := compare(b, programs, s.load, clients, seconds)
+						cells := compare(b, programs, s, clients, seconds)
 						table += fmt.Sprintf("%d\t%s\t%d\t%s\t%s\n", products, s.name, clients, s.reference, cells)
 					})
 				}
@@ -363,12 +345,12 @@ func BenchmarkRequests(b *testing.B) {
 }
 
 // compare measures programs in turn, round by round, and returns the cells with their medians.
-func compare(b *testing.B, programs []*process, l load, clients, seconds int) (cells string) {
+func compare(b *testing.B, programs []*process, s scenario, clients, seconds int) (cells string) {
 	rounds := make([][]measurement, len(programs))
 	for round := 0; b.Loop(); round++ {
 		for i := range programs {
 			i = (i + round) % len(programs) // so that each is first in turn
-			rounds[i] = append(rounds[i], measure(programs[i], l, clients, seconds))
+			rounds[i] = append(rounds[i], measure(programs[i], s, clients, seconds))
 		}
 	}
 	reference := medians(rounds[0])
@@ -411,7 +393,7 @@ func BenchmarkStart(b *testing.B) {
 				for range 9 {
 					began := time.Now()
 					p := startProcess(b, path, cfg, logLevel)
-					p.await("/health", `"database":"connected"`)
+					eventually(b, "it is well", func() bool { return p.send("GET", "/health", "").status == 200 })
 					took = append(took, time.Since(began).Seconds()*1e3)
 					p.kill()
 				}
