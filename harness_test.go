@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -415,11 +416,8 @@ func startRedis(t testing.TB, cfg config) (*redisServer, config) {
 
 // launch starts it, and does not wait for it.
 func (r *redisServer) launch() {
-	program, err := exec.LookPath("redis-server")
-	if err != nil {
-		program = "valkey-server"
-	}
-	r.child = newChild(nil, program, "--port", r.port, "--bind", "127.0.0.1", "--dir", os.Getenv("TEST_DIR"), "--save", "", "--dbfilename", r.port)
+	program, _ := exec.LookPath("redis-server") // empty where only its fork is installed
+	r.child = newChild(nil, cmp.Or(program, "valkey-server"), "--port", r.port, "--bind", "127.0.0.1", "--dir", os.Getenv("TEST_DIR"), "--save", "", "--dbfilename", r.port)
 	check(r.Start())
 }
 

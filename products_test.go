@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,13 +46,14 @@ func TestRefusals(t *testing.T) {
 	path := s.create(`{"name":"a","price":1}`)
 	long := func(n int) string { return strings.Repeat("é", n) }
 	db := psql(t, s.cfg)
+	const rows = `SELECT coalesce(string_agg(p::text, ' ' ORDER BY id), '') FROM products p` // all of them, as text
 	refuse := func(status int, method, path, body, says string, headers ...string) {
 		t.Run(fmt.Sprintf("%s %s %.60s", method, path, body), func(t *testing.T) {
-			before := rows(db)
+			before := ask[string](db, rows)
 			a := (&testServer{server: s.server, t: t, url: s.url}).want(status, method, path, body, headers...)
 			a.says(says)
 			equal(t, "whether it says what is allowed", a.header.Get("Allow") != "", status == 405)
-			equal(t, "all rows", rows(db), before)
+			equal(t, "all rows", ask[string](db, rows), before)
 		})
 	}
 	refuse(400, "POST", "/products", `{"name":"a","price":1`, "JSON")
@@ -114,11 +114,6 @@ func TestRefusals(t *testing.T) {
 	for range 50 {
 		equal(t, "the same request again", s.want(400, "GET", faults, "").body, first)
 	}
-}
-
-// rows is all that PostgreSQL has, as text.
-func rows(db *sql.DB) string {
-	return ask[string](db, `SELECT coalesce(string_agg(p::text, ' ' ORDER BY id), '') FROM products p`)
 }
 
 // TestAccepted sends what is unusual but right.
