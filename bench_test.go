@@ -357,7 +357,7 @@ func compare(b *testing.B, programs []*process, s scenario, clients, seconds int
 	for i := range programs {
 		m := medians(rounds[i])
 		ratio := m[perSecond] / reference[perSecond]
-		cells += fmt.Sprintf("|\t%.0f\t%.2f\t%.2f\t%.1f\t%.1f\t%.2f\t", m[perSecond], m[p50], m[p99], m[micros], m[peak], ratio)
+		cells += fmt.Sprintf("|\t%.0f\t%.3f\t%.2f\t%.1f\t%.1f\t%.2f\t", m[perSecond], m[p50], m[p99], m[micros], m[peak], ratio)
 		b.ReportMetric(m[perSecond], []string{"reference/s", "service/s", "base/s"}[i])
 	}
 	b.ReportMetric(0, "ns/op") // of a whole round: that says nothing
