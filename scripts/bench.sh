@@ -11,30 +11,23 @@
 #   LOG_LEVEL=info ./scripts/bench.sh            with the access log (into a file)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# What your own stack was told is not for this one.
-unset PORT BIND_ADDRESS REDIS_PASSWORD CACHE_TTL POSTGRES_SSLMODE
 source scripts/lib.sh
 
 is "$(uname)" Linux || die 'this needs Linux: it reads processor time and memory from /proc'
 have go || die 'Go is needed: https://go.dev/dl/'
-need_servers
-
-dir=$(mktemp -d) job=''
-chmod 711 "$dir" # PostgreSQL may run as another user
-
-clean_up() {
-  kill -TERM -- "-$job" 2>/dev/null || true # it may not run yet, or no longer
-  wait
-  remove_servers "$dir"
-}
-at_exit clean_up
-
-private_servers "$dir"
+private_servers -c fsync=on
 title "$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(go version | cut -d ' ' -f 3)"
 
 # A job of its own, so that it can be ended with all it started.
+job=''
+clean_up() {
+  kill -TERM -- "-$job" 2>/dev/null || true # it may not run yet, or no longer
+  wait
+  remove_servers "$TEST_DIR"
+}
+at_exit clean_up
 set -m
-TEST_DIR=$dir TMPDIR=$dir go test -run '^$' -bench "${BENCH:-.}" -benchtime "${ROUNDS:-3}x" -timeout 2h . &
+TMPDIR=$TEST_DIR go test -run '^$' -bench "${BENCH:-.}" -benchtime "${ROUNDS:-3}x" -timeout 2h . &
 job=$!
 set +m
 wait "$job"

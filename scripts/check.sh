@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks everything: format, vet, the shell scripts, the tests against a PostgreSQL and a Redis of their own, and
-# the whole stack end to end in a fresh clone, with the commands of README.md: without Docker and, where there is
+# the whole stack end to end in a fresh copy, with the commands of README.md: without Docker and, where there is
 # an engine with the images, with it. It installs what is missing where it may, stops what it started, and leaves
 # no file behind. It does not touch a stack that you have running, and several may run at the same time.
 #
@@ -9,12 +9,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Names and a folder of its own, which the user that PostgreSQL runs as may enter. What your own stack was
-# told is not for this one. One version, so that an image of the same code is built once.
-tmp=$(mktemp -d)
-chmod 711 "$tmp"
-export COMPOSE_PROJECT_NAME=desafio3-check-$$ TEST_DIR=$tmp/test DESAFIO3_VERSION=check
-unset PORT BIND_ADDRESS CACHE_TTL LOG_LEVEL POSTGRES_SSLMODE DESAFIO3_MODE DESAFIO3_STATE
+# Names of its own; what your own stack was told is not for this one. One version, so that an image of the same code is
+# built once.
+export COMPOSE_PROJECT_NAME=desafio3-check-$$ DESAFIO3_VERSION=check
+unset LOG_LEVEL DESAFIO3_MODE DESAFIO3_STATE
 source scripts/lib.sh
 shopt -s nullglob
 
@@ -24,14 +22,14 @@ names=() jobs=() broken='' shown=0
 
 # step NAME COMMAND...: starts it as a job of its own, so that it can be ended with all it started.
 step() {
-  local log=$tmp/log.${#names[@]}
+  local log=$TEST_DIR/log.${#names[@]}
   names+=("$1")
   shift
   set -m
   (
-    trap 'echo "$SECONDS" >"$log.seconds"' EXIT
     SECONDS=0
     "$@"
+    echo "$SECONDS" >"$log.seconds"
   ) </dev/null >"$log" 2>&1 &
   jobs+=($!)
   set +m
@@ -41,7 +39,7 @@ step() {
 results() {
   local i log
   for ((i = shown; i < ${#names[@]}; i++)); do
-    log=$tmp/log.$i
+    log=$TEST_DIR/log.$i
     printf '%-44s' "${names[i]}"
     if wait "${jobs[i]}"; then
       printf '%sok%s  %3d s\n' "$green" "$plain" "$(<"$log.seconds")"
@@ -60,15 +58,13 @@ clean_up() {
   for job in "${jobs[@]}"; do kill -TERM -- "-$job" 2>/dev/null || true; done
   # What a step has started may still be cleaning up when the step itself has ended.
   for job in "${jobs[@]}"; do wait_for 120 gone "$job" || kill -KILL -- "-$job"; done
-  if [[ -e $TEST_DIR ]]; then remove_servers "$TEST_DIR"; fi
-  # Nothing to do where the end-to-end run came to its end: it cleans up itself.
+  # An end-to-end run that came to its end has removed its stack, and its folder, by itself.
   for mode in local docker; do
-    if [[ -e $tmp/$mode ]]; then (cd "$tmp/$mode" && DESAFIO3_MODE=$mode ./scripts/clean.sh >"$tmp/clean" 2>&1) || cat "$tmp/clean"; fi
+    if [[ -e $TEST_DIR/$mode ]]; then (cd "$TEST_DIR/$mode" && DESAFIO3_MODE=$mode ./scripts/clean.sh) || true; fi
   done
-  rm -rf "$tmp"
+  remove_servers "$TEST_DIR"
 }
 gone() { ! kill -0 -- "-$1" 2>/dev/null; } # the job, and all that it has started
-at_exit clean_up
 
 # ---------------------------------------------------------------- what the steps do
 
@@ -76,62 +72,51 @@ formatted() { is "$(gofmt -d . | tee /dev/stderr)" ''; }
 
 # split FILE: writes each block of FILE that is marked sh or bash into a file of its own, named by its line.
 split() {
-  mkdir -p "$tmp/blocks/$1"
-  awk -v folder="$tmp/blocks/$1" '
-    /^ *```/ { # where a block begins or ends
-      kind = substr($0, index($0, "```") + 3)
-      file = kind ~ /^(sh|bash)$/ ? sprintf("%s/%05d.%s", folder, NR, kind) : ""
-      if (file) print "# a block marked " kind >file
-      next
-    }
-    file { print >file }' "$1"
+  mkdir -p "$TEST_DIR/blocks/$1"
+  awk -v folder="$TEST_DIR/blocks/$1" '
+    /^ *```/ { file = "" } # where any block begins or ends
+    file { print >file }
+    /^ *```(sh|bash)$/ {
+      sub(/^ *```/, "# a block marked ")
+      file = sprintf("%s/%05d.%s", folder, NR, $NF)
+      print >file
+    }' "$1"
 }
 
 # blocks_are_sound: every block is Bash, and those of LEIAME.md are those of README.md, in the same order. Only the
 # comments in them are in another language.
 blocks_are_sound() {
   local block
-  for block in "$tmp/blocks/README.md"/*; do
-    bash -n "$block" || die "README.md: the block in line $((10#$(basename "${block%.*}"))) is no Bash"
-  done
+  for block in "$TEST_DIR/blocks/README.md"/*; do bash -n "$block"; done
   split LEIAME.md
   diff -u --label README.md --label LEIAME.md <(commands README.md) <(commands LEIAME.md) ||
     die 'the blocks of README.md and LEIAME.md differ'
 }
-commands() { sed 's/  *# .*//' "$tmp/blocks/$1"/*; }
+commands() { sed 's/  *# .*//' "$TEST_DIR/blocks/$1"/*; }
 
 # follow_readme MODE: runs the blocks that are marked sh, in order, each in a shell of its own, on ports and with
 # names of this check. Without Docker those that say "docker" are left out.
 follow_readme() {
-  local block ran=0 left_out=0 line
-  for block in "$tmp/blocks/README.md"/*.sh; do
-    if is "$1" local && grep -qw docker "$block"; then
-      left_out=$((left_out + 1))
-      continue
-    fi
+  local block line ran=0 blocks=("$TEST_DIR/blocks/README.md"/*.sh)
+  for block in "${blocks[@]}"; do
+    if is "$1" local && grep -qw docker "$block"; then continue; fi
     line=$((10#$(basename "$block" .sh)))
     title "README.md:$line"
     bash -xeuo pipefail -c "$(sed -E "s/(localhost|127\.0\.0\.1):8000/127.0.0.1:$WEB_PORT/g; s/desafio3([-_])/$project\1/g" "$block")" ||
       die "README.md:$line: the block that begins here failed"
     ran=$((ran + 1))
   done
-  say "README.md: $ran blocks ran, $left_out that need Docker were left out"
+  say "README.md: $ran blocks ran, $((${#blocks[@]} - ran)) that need Docker were left out"
 }
 
-# end_to_end MODE: what a user does with the stack, in a fresh clone. README.md starts it and runs the demonstrations.
+# end_to_end MODE: what a user does with the stack, in a fresh copy. README.md starts it and runs the demonstrations.
 end_to_end() {
-  set -e
-  local script
-  fresh_clone "$tmp/$1"
-  cd "$tmp/$1"
+  fresh_copy "$TEST_DIR/$1"
+  cd "$TEST_DIR/$1"
+  state=$PWD/.local
   export DESAFIO3_MODE=$1 WEB_PORT POSTGRES_PORT REDIS_PORT
   WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
-  state=$PWD/.local
   follow_readme "$1"
-  for script in test test_communication demo_cache demo_stale demo_failure; do
-    # One that README.md has run already needs no second time.
-    grep -q "scripts/$script.sh" "$tmp/blocks/README.md"/*.sh || "./scripts/$script.sh"
-  done
 
   title 'Starting it again is harmless, and populating it again does not double the catalogue'
   ./scripts/start.sh
@@ -153,16 +138,10 @@ end_to_end() {
 holds_8_products() { (attach && request GET /products && claim 'the catalogue holds 8 products' is "$(field count)" 8 && verdict); }
 closed() { ! port_taken "$1"; }
 
-# fresh_clone FOLDER: a clone, and in it what is not committed yet. Where there is no git it is a copy.
-fresh_clone() {
-  if git clone --quiet . "$1"; then
-    { git diff HEAD -z --name-only --diff-filter=d && git ls-files -z --others --exclude-standard; } |
-      tar --null -T - -cf - | tar -xf - -C "$1"
-    git diff HEAD -z --name-only --diff-filter=D | (cd "$1" && xargs -0 rm -f)
-  else
-    mkdir "$1"
-    tar --exclude=./.local --exclude=./.env --exclude=./web -cf - . | tar -xf - -C "$1"
-  fi
+# fresh_copy FOLDER: what a clone would have there, and what is not committed yet: all but what git leaves out, too.
+fresh_copy() {
+  mkdir "$1"
+  tar --exclude=./.git --exclude=./.local --exclude=./.env --exclude=./web -cf - . | tar -xf - -C "$1"
 }
 
 # beside_swarm COMMAND...: runs it while demo_swarm.sh, also that of another check, may not leave its swarm.
@@ -172,22 +151,21 @@ in_swarm() { is "$(swarm_state)" active; }
 # ---------------------------------------------------------------- the run
 
 have go || die 'Go is needed: https://go.dev/dl/'
-need_servers
-need gcc # for the race detector
+need 'gcc clang=gcc libc6-dev' # for the race detector
 need shellcheck 2>/dev/null || say 'shellcheck is not installed: the scripts are not checked'
 
+private_servers -c fsync=off
 if [[ -n ${RUN:-} ]]; then
-  POSTGRES_ARGS='-c fsync=off' private_servers "$TEST_DIR"
   go test -v -count=1 -run "$RUN" .
   exit
 fi
 
+at_exit clean_up
 split README.md
 step 'gofmt' formatted
 step 'go vet' go vet ./...
 if have shellcheck; then step 'shellcheck' shellcheck -x scripts/*.sh .ci/run; fi
 step 'the blocks of README.md and LEIAME.md' blocks_are_sound
-POSTGRES_ARGS='-c fsync=off' private_servers "$TEST_DIR"
 step 'go test -race' go test -race -v -count=1 -timeout 80m ./...
 results # before the next steps: some tests measure times
 step 'end to end, without Docker' end_to_end local

@@ -5,34 +5,23 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 
-all=''
-if ! is "${DESAFIO3_MODE:-}" docker && [[ -e $state ]]; then
-  own_folder
-  all="folder $state"$'\n'
+has_folder() { ! is "${DESAFIO3_MODE:-}" docker && [[ -e $state ]]; }
+has_engine() { ! is "${DESAFIO3_MODE:-}" local && docker compose ls >/dev/null 2>&1; }
+
+# Whose it is comes first: where one is refused, the other one stays, too.
+if has_folder; then own_folder; fi
+if has_engine; then own_stack; fi
+has_folder || has_engine || say 'There is nothing to remove.'
+
+if has_folder; then
+  title "Removing the folder $state"
+  stop_local
+  remove_servers "$state"
 fi
-if ! is "${DESAFIO3_MODE:-}" local && docker info >/dev/null 2>&1; then
-  own_stack
-  # What Docker has of this project, in the order in which it can be removed. Not only what docker-compose.yml names
-  # today: somebody may have edited it. An image that a newer build has replaced has lost its name, and Compose's
-  # label still tells whose it is.
-  all+=$(
-    docker ps -a -f "$project_label" --format 'container {{.Names}}'
-    docker volume ls -f "$project_label" --format 'volume {{.Name}}'
-    docker network ls -f "$project_label" --format 'network {{.Name}}'
-    docker images --format 'image {{.ID}} {{.Repository}}' "$project-web"
-    docker images --format 'image {{.ID}} {{.Repository}}' -f "$project_label"
-  )
+if has_engine; then
+  title "Removing what Docker has of $project"
+  # Asked by the project's name, Compose removes all that has its label, and not only what docker-compose.yml names today:
+  # somebody may have edited it. It keeps the images: those that newer builds have replaced have the label, but no name.
+  docker compose -p "$project" down --volumes --remove-orphans --timeout 0
+  docker images -q -f "$project_label" | xargs -r docker image rm
 fi
-if [[ -z $all ]]; then
-  say 'There is nothing to remove.'
-  exit
-fi
-title 'Removing'
-awk '!seen[$0]++' <<<"$all" | while read -r kind name rest && [[ -n $kind ]]; do # an image with a name is there twice
-  say "$kind $name $rest"
-  case $kind in
-  folder) stop_local && erase "$state" ;;
-  container) docker rm --force --volumes "$name" ;;
-  *) docker "$kind" rm "$name" ;;
-  esac >/dev/null
-done

@@ -107,30 +107,22 @@ verdict() {
 
 # ---------------------------------------------------------------- what must be installed
 
-# Debian keeps PostgreSQL's servers off the PATH, and Homebrew its versions.
+# Debian keeps PostgreSQL's servers off the PATH, and Homebrew its versions. A folder that is not there does no harm.
 find_postgres() {
-  local folder
-  for folder in /usr/lib/postgresql/*/bin /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin; do
-    have postgres || PATH+=:$folder
-  done
-  have postgres
+  PATH+=$(printf ':%s' /usr/lib/postgresql/*/bin /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin)
 }
-find_postgres || true
+find_postgres
 
 redis_server() { command -v redis-server || command -v valkey-server; }
 
-# need PROGRAM...: in the end all are there, or it says what to install and fails. It installs itself
-# only where that needs no question: as root, on a system with apt.
+# need PROGRAM[=PACKAGE]...: in the end all are there, or it says what to install and fails. "gcc clang=gcc libc6-dev"
+# is one of two programs, or else two packages. It installs itself only where that needs no question: as root, on a
+# system with apt.
 need() {
-  local program missing=''
-  for program; do
-    case $program in
-    postgres) find_postgres || missing+=' postgresql' ;;
-    redis) redis_server >/dev/null || missing+=' redis-server' ;;
-    ps) have ps || missing+=' procps' ;;
-    gcc) have gcc || have clang || missing+=' gcc libc6-dev' ;;
-    *) have "$program" || missing+=" $program" ;;
-    esac
+  local wanted missing=''
+  for wanted; do
+    # shellcheck disable=SC2086 # words
+    command -v ${wanted%=*} >/dev/null || missing+=" ${wanted#*=}"
   done
   [[ -n $missing ]] || return 0
   if ((EUID != 0)) || ! have apt-get; then
@@ -138,7 +130,7 @@ need() {
     return 1
   fi
   say "installing$missing"
-  apt_install "$missing" && { ! has "$missing" postgresql || find_postgres; }
+  apt_install "$missing" && find_postgres
 }
 
 # apt_install PACKAGES: installs them, but lets none of their servers loose: no cluster of PostgreSQL is
@@ -153,15 +145,16 @@ apt_install() (
     install /dev/stdin "$policy" <<<$'#!/bin/sh\nexit 101'
   fi
   export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq || true # one source that does not answer may not be the one that is needed
   # shellcheck disable=SC2086 # a list of names
-  output=$(apt-get update -qq 2>&1; apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 2>&1) ||
-    { tail -n 20 <<<"$output" >&2; die "apt-get could not install:$1"; }
+  apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 >/dev/null ||
+    die "apt-get could not install:$1"
   if has "$1" redis-server && have systemctl; then systemctl disable redis-server >/dev/null 2>&1 || true; fi
 )
 
 # need_servers: PostgreSQL, a Redis that is new enough, and the little that these scripts use are there.
 need_servers() {
-  need curl ps postgres redis || return 1
+  need curl ps=procps postgres=postgresql 'redis-server valkey-server=redis-server' || return 1
   if ! [[ $("$(redis_server)" --version) =~ v=([0-9]+) ]] || ((BASH_REMATCH[1] < 7)); then # "Redis server v=7.0.15 sha=..."
     echo "Redis 7.0 or newer is needed, or Valkey: $(redis_server) is older" >&2
     return 1
@@ -184,20 +177,18 @@ as_postgres() {
   if ((EUID == 0)); then (cd / && exec runuser -u postgres -- "$@"); else "$@"; fi
 }
 
-# start_postgres DIR PORT [ARGUMENT...]: starts a PostgreSQL on 127.0.0.1:PORT with its data and its log
-# in DIR, makes the cluster and its database first where there is none, and returns when it answers. One that
-# runs is left alone. POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB count when the cluster is made.
+# start_postgres DIR PORT [ARGUMENT...]: starts a PostgreSQL on 127.0.0.1:PORT with its data and its log in DIR, and
+# returns when it answers. One that runs is left alone. Where there is no cluster it is made first, with its database,
+# as POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB say.
 start_postgres() {
   local dir port=$2 home
   mkdir -p "$1" && dir=$(cd "$1" && pwd) || return 1
-  shift 2
   home=$dir/postgres
-  if ((EUID == 0)) && [[ ! -e $home ]] && ! as_postgres test -x "$dir"; then
+  if [[ ! -e $home ]] && ! as_postgres test -x "$dir"; then
     # DIR lies below a folder that is closed to the user postgres: the data goes where it may go.
     ln -s "$(mktemp -d /var/lib/desafio3-postgres.XXXXXX)" "$home" || return 1
   fi
-  mkdir -p "$home" && home=$(cd -P "$home" && pwd) || return 1
-  if ((EUID == 0)); then chown postgres "$home" || return 1; fi
+  mkdir -p "$home" && home=$(cd -P "$home" && pwd) && chown "$(as_postgres id -u)" "$home" || return 1
   # Its pid alone proves nothing: after a crash of the machine the number may be somebody else's.
   if as_postgres pg_ctl -D "$home/data" status >/dev/null 2>&1 && pg_isready -q -h 127.0.0.1 -p "$port"; then return 0; fi
   {
@@ -206,13 +197,13 @@ start_postgres() {
       # password from a file, which here is a pipe that its own user opens.
       rm -rf "$home/new"
       # shellcheck disable=SC2016 # the inner shell's words
-      as_postgres bash -c 'initdb --pwfile=<(cat) "$@"' initdb -D "$home/new" -U "${POSTGRES_USER:-postgres}" \
-        -E UTF8 --no-locale -A scram-sha-256 <<<"${POSTGRES_PASSWORD:-postgres123}" &&
-        as_postgres postgres --single -D "$home/new" postgres <<<"CREATE DATABASE \"${POSTGRES_DB:-products_db}\"" &&
+      as_postgres bash -c 'initdb --pwfile=<(cat) "$@"' initdb -D "$home/new" -U "$POSTGRES_USER" \
+        -E UTF8 --no-locale -A scram-sha-256 <<<"$POSTGRES_PASSWORD" &&
+        as_postgres postgres --single -D "$home/new" postgres <<<"CREATE DATABASE \"$POSTGRES_DB\"" &&
         mv "$home/new" "$home/data"
     fi &&
       as_postgres pg_ctl -D "$home/data" -t 120 start </dev/null \
-        -o "-c listen_addresses=127.0.0.1 -c port=$port -c unix_socket_directories= $*"
+        -o "-c listen_addresses=127.0.0.1 -c port=$port -c unix_socket_directories= ${*:3}"
   } >>"$dir/postgres.log" 2>&1 || { tail -n 20 "$dir/postgres.log" >&2; return 1; }
 }
 
@@ -223,51 +214,48 @@ stop_postgres() {
   { as_postgres pg_ctl -D "$data" -m "${2:-fast}" -t 180 stop || ! as_postgres pg_ctl -D "$data" status; } >/dev/null 2>&1
 }
 
-# erase DIR: removes it, and the data that start_postgres may have put elsewhere. Stop the servers first.
-erase() {
-  if [[ -L $1/postgres ]]; then rm -rf "$(readlink "$1/postgres")"; fi
-  rm -rf "$1"
-}
-
-# start_redis DIR PORT: the same for Redis, with the settings of docker-compose.yml.
+# start_redis DIR PORT: the same for Redis, with REDIS_PASSWORD and the settings of docker-compose.yml.
 start_redis() {
-  local dir port=$2
-  mkdir -p "$1/redis" && dir=$(cd "$1" && pwd) || return 1
-  if alive "$dir/redis.pid" "-server 127.0.0.1:$port"; then return 0; fi
-  { "$(redis_server)" --bind 127.0.0.1 --port "$port" --dir "$dir/redis" --save '60 1' \
-    --maxmemory 64mb --maxmemory-policy volatile-lru --requirepass "${REDIS_PASSWORD:-}" \
-    --daemonize yes --pidfile "$dir/redis.pid" --logfile "$dir/redis.log" >/dev/null &&
-    wait_for 60 redis_answers "$port"; } || { tail -n 20 "$dir/redis.log" >&2; return 1; }
+  if alive "$1/redis.pid" "-server 127.0.0.1:$2"; then return 0; fi
+  mkdir -p "$1/redis"
+  { (cd "$1/redis" && "$(redis_server)" --bind 127.0.0.1 --port "$2" --requirepass "$REDIS_PASSWORD" \
+    --save '60 1' --maxmemory 64mb --maxmemory-policy volatile-lru \
+    --daemonize yes --pidfile ../redis.pid --logfile ../redis.log >/dev/null) &&
+    wait_for 60 redis_answers "$2"; } || { tail -n 20 "$1/redis.log" >&2; return 1; }
 }
 
 stop_redis() { end_process "$1/redis.pid" '-server 127.0.0.1:' 30; }
 
+# local_redis PORT COMMAND...: what redis-cli prints for it.
 local_redis() {
-  local port=$1 server
-  shift
+  local server
   server=$(redis_server)
-  ${REDIS_PASSWORD:+env "REDISCLI_AUTH=$REDIS_PASSWORD"} "${server%-server}-cli" -h 127.0.0.1 -p "$port" "$@"
+  ${REDIS_PASSWORD:+env "REDISCLI_AUTH=$REDIS_PASSWORD"} "${server%-server}-cli" -h 127.0.0.1 -p "$@"
 }
+redis_answers() { is "$(local_redis "$1" ping 2>/dev/null)" PONG; }
 
-# private_servers DIR: a PostgreSQL and a Redis of a test's own, in DIR and on free ports, which everything that
-# is started afterwards finds in its environment. Words in POSTGRES_ARGS are arguments of PostgreSQL.
+# private_servers [ARGUMENT...]: a PostgreSQL, with these arguments, and a Redis of a test's own, in a new folder TEST_DIR
+# and on free ports, which everything that is started afterwards finds in its environment. What your own stack was told is
+# not there. They are removed at_exit; a script that says itself what to do then has to do so.
 private_servers() {
-  export POSTGRES_HOST=127.0.0.1 POSTGRES_PORT POSTGRES_DB=products_db POSTGRES_USER=postgres \
+  need_servers
+  unset PORT BIND_ADDRESS CACHE_TTL POSTGRES_SSLMODE
+  export TEST_DIR POSTGRES_HOST=127.0.0.1 POSTGRES_PORT POSTGRES_DB=products_db POSTGRES_USER=postgres \
     POSTGRES_PASSWORD=postgres123 REDIS_HOST=127.0.0.1 REDIS_PORT REDIS_PASSWORD=''
-  POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
-  # shellcheck disable=SC2086 # words
-  start_postgres "$1" "$POSTGRES_PORT" ${POSTGRES_ARGS:-}
-  start_redis "$1" "$REDIS_PORT"
+  TEST_DIR=$(mktemp -d) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
+  at_exit "remove_servers '$TEST_DIR'"
+  chmod 711 "$TEST_DIR" # PostgreSQL may run as another user
+  start_postgres "$TEST_DIR" "$POSTGRES_PORT" "$@"
+  start_redis "$TEST_DIR" "$REDIS_PORT"
 }
 
-# remove_servers DIR: stops them and erases DIR.
+# remove_servers DIR: stops them and removes DIR, and the data that start_postgres may have put elsewhere.
 remove_servers() {
   stop_redis "$1" || true
   stop_postgres "$1" immediate || true
-  erase "$1"
+  if [[ -L $1/postgres ]]; then rm -rf "$(readlink "$1/postgres")"; fi
+  rm -rf "$1"
 }
-
-redis_answers() { is "$(local_redis "$1" ping 2>/dev/null)" PONG; }
 
 # alive PIDFILE NAME: the process noted there runs, and is the one we mean: NAME is in its command line.
 alive() { has "$(ps -p "$(cat "$1" 2>/dev/null)" -o command= 2>/dev/null)" "$2"; }
@@ -311,10 +299,9 @@ swarm_state() { docker info -f '{{.Swarm.LocalNodeState}}'; }
 # (https://github.com/moby/moby/issues/45144). So demo_swarm.sh takes the lock before it leaves its swarm, and check.sh
 # shares it while it runs stacks of Compose.
 lock_engine() {
-  if have flock; then
-    exec 9<"$(command -v docker)"
-    flock "$1" 9
-  fi
+  have flock || return 0
+  exec 9<"$(command -v docker)"
+  flock "$1" 9
 }
 
 # running_mode: prints "local" or "docker", whichever stack is there; DESAFIO3_MODE decides if it is set.
@@ -403,14 +390,13 @@ what_it_logged() { grep -v path=/health | tail -n 20 | sed 's/^/    | /' || true
 
 # show_unhealthy: which containers run, and what those that are not healthy have logged.
 show_unhealthy() {
-  local service status
+  local service
   show_stack
-  while read -r service status; do
-    if ! has "$status" '(healthy)'; then
+  docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}' | sed '/(healthy)/d' |
+    while read -r service _; do
       title "The log of $service"
       docker compose logs --no-log-prefix --tail 200 "$service" 2>&1 | what_it_logged
-    fi
-  done < <(docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}')
+    done
 }
 
 # cache_in_use: the service is connected to Redis a moment before it has made sure that it can trust it.

@@ -8,29 +8,22 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/lib.sh
 
-need_servers
 need perl
-
-copy=$(mktemp -d)
-chmod 711 "$copy" # for the user that PostgreSQL runs as
-export TEST_DIR=$copy/state POSTGRES_ARGS='-c fsync=off'
-
-at_exit 'remove_servers "$TEST_DIR" && rm -rf "$copy"'
-private_servers "$TEST_DIR"
+private_servers -c fsync=off
 
 wanted=" $* " survivors=0
 printf '%-22s %-34s %-9s %s\n' 'rule taken out' 'test' 'noticed' 'seconds'
 
 # mutant NAME TEST PERL: PERL must change one of the service's files.
 mutant() {
-  local began=$SECONDS noticed=no output=$copy/$1.log
+  local began=$SECONDS noticed=no tree=$TEST_DIR/tree output=$TEST_DIR/$1.log
   if [[ $wanted != '  ' && $wanted != *" $1 "* ]]; then return; fi
-  rm -rf "$copy/tree"
-  mkdir "$copy/tree"
-  cp -R ./*.go go.mod go.sum schema.sql scripts "$copy/tree"
-  perl -0pi -e "$3" "$copy"/tree/{main,products,cache,health}.go
-  if ! cmp -s <(cat ./{main,products,cache,health}.go) <(cat "$copy"/tree/{main,products,cache,health}.go); then
-    (cd "$copy/tree" && go test -count=1 -timeout 120s -v -run "^$2\$" .) >"$output" 2>&1 || true
+  rm -rf "$tree"
+  mkdir "$tree"
+  cp -R ./*.go go.mod go.sum schema.sql scripts "$tree"
+  perl -0pi -e "$3" "$tree"/{main,products,cache,health}.go
+  if ! cmp -s <(cat ./*.go) <(cat "$tree"/*.go); then
+    (cd "$tree" && go test -count=1 -timeout 120s -v -run "^$2\$" .) >"$output" 2>&1 || true
     if grep -q '^--- FAIL' "$output" && ! grep -q 'panic: test timed out' "$output"; then noticed=yes; fi
   else
     echo 'its pattern does not match the service any more' >"$output"
