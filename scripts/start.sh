@@ -27,20 +27,19 @@ same_password() {
 }
 
 start_docker() {
-  local config published name port target volume
+  local name=([8000]=WEB_PORT [5432]=POSTGRES_PORT [6379]=REDIS_PORT) ports published target port volume
   title 'Starting with Docker Compose'
   if [[ -e $state ]]; then say "What the stack without Docker holds stays in $state."; fi
   own_stack
-  config=$(docker compose config) || die 'Compose does not take these variables'
+  # Compose says which ports it would publish, since it reads the file .env, too: "target: 8000", "published: "8001"".
+  ports=$(docker compose config | sed -nE 's/^ *(target|published): "?([0-9]+)"?$/\2/p' | paste -d ' ' - -) ||
+    die 'Compose does not take these variables'
   published=$(docker ps -f "$project_label" --format '{{.Ports}}')
-  while read -r name port target; do # a port that this stack has already, for the same service, is not taken
-    has "$published" ":$port->$target/" || need_port "$name" "$port"
-  done < <(awk '
-    $1 == "target:" { target = $2 }
-    $1 == "published:" { gsub(/"/, "", $2); print target == 8000 ? "WEB_PORT" : target == 5432 ? "POSTGRES_PORT" : "REDIS_PORT", $2, target }
-  ' <<<"$config")
+  while read -r target port; do # a port that this stack has already, for the same service, is not taken
+    has "$published" ":$port->$target/" || need_port "${name[target]:-another one}" "$port"
+  done <<<"$ports"
   # Compose would make the volumes itself, but not note whose they are. One that is there stays as it is.
-  for volume in $(docker compose config --volumes); do
+  for volume in postgres_data redis_data; do
     docker volume create --label "${project_label#label=}" --label "com.docker.compose.volume=$volume" \
       --label "$folder_label=$PWD" "${project}_$volume" >/dev/null
   done
@@ -99,7 +98,9 @@ start_local() {
     echo $! >"$state/web.pid"
   fi
   wait_for 60 healthy_or_gone || true
-  healthy || { what_it_logged <"$state/web.log"; die 'the service did not become healthy'; }
+  healthy && return
+  what_it_logged <"$state/web.log"
+  die 'the service did not become healthy'
 }
 healthy() { "$state/web" health >/dev/null 2>&1; }
 healthy_or_gone() { healthy || ! alive "$state/web.pid" "$state/web"; }
