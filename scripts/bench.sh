@@ -18,16 +18,5 @@ have go || die 'Go is needed: https://go.dev/dl/'
 private_servers -c fsync=on
 title "$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(go version | cut -d ' ' -f 3)"
 
-# A job of its own, so that it can be ended with all it started.
-job=''
-clean_up() {
-  kill -TERM -- "-$job" 2>/dev/null || true # it may not run yet, or no longer
-  wait
-  remove_servers "$TEST_DIR"
-}
-at_exit clean_up
-set -m
-TMPDIR=$TEST_DIR go test -run '^$' -bench "${BENCH:-.}" -benchtime "${ROUNDS:-3}x" -timeout 2h . &
-job=$!
-set +m
-wait "$job"
+TMPDIR=$TEST_DIR start_job go test -run '^$' -bench "${BENCH:-.}" -benchtime "${ROUNDS:-3}x" -timeout 2h .
+wait "${jobs[0]}"

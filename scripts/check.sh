@@ -18,21 +18,18 @@ shopt -s nullglob
 
 # ---------------------------------------------------------------- steps
 
-names=() jobs=() broken='' shown=0
+names=() broken='' shown=0
 
-# step NAME COMMAND...: starts it as a job of its own, so that it can be ended with all it started.
+# step NAME COMMAND...: starts it as a job of its own. Its name, its number among the jobs and its log belong together.
 step() {
   local log=$TEST_DIR/log.${#names[@]}
   names+=("$1")
-  shift
-  set -m
-  (
-    SECONDS=0
-    "$@"
-    echo "$SECONDS" >"$log.seconds"
-  ) </dev/null >"$log" 2>&1 &
-  jobs+=($!)
-  set +m
+  start_job timed "$log.seconds" "${@:2}" </dev/null >"$log" 2>&1
+}
+timed() {
+  SECONDS=0
+  "${@:2}"
+  echo "$SECONDS" >"$1"
 }
 
 # results: waits for the steps that were started, and shows what one has printed when it failed.
@@ -54,17 +51,14 @@ results() {
 }
 
 clean_up() {
-  local job mode
-  for job in "${jobs[@]}"; do kill -TERM -- "-$job" 2>/dev/null || true; done
-  # What a step has started may still be cleaning up when the step itself has ended.
-  for job in "${jobs[@]}"; do wait_for 120 gone "$job" || kill -KILL -- "-$job"; done
+  local mode
+  end_jobs
   # An end-to-end run that came to its end has removed its stack, and its folder, by itself.
   for mode in local docker; do
     if [[ -e $TEST_DIR/$mode ]]; then (cd "$TEST_DIR/$mode" && DESAFIO3_MODE=$mode ./scripts/clean.sh) || true; fi
   done
   remove_servers "$TEST_DIR"
 }
-gone() { ! kill -0 -- "-$1" 2>/dev/null; } # the job, and all that it has started
 
 # ---------------------------------------------------------------- what the steps do
 
@@ -111,7 +105,9 @@ follow_readme() {
 
 # end_to_end MODE: what a user does with the stack, in a fresh copy. README.md starts it and runs the demonstrations.
 end_to_end() {
-  fresh_copy "$TEST_DIR/$1"
+  mkdir "$TEST_DIR/$1"
+  # What a clone would have there, and what is not committed yet: all but what git leaves out, too.
+  tar --exclude=./.git --exclude=./.local --exclude=./.env --exclude=./web -cf - . | tar -xf - -C "$TEST_DIR/$1"
   cd "$TEST_DIR/$1"
   state=$PWD/.local
   export DESAFIO3_MODE=$1 WEB_PORT POSTGRES_PORT REDIS_PORT
@@ -137,12 +133,6 @@ end_to_end() {
 
 holds_8_products() { (attach && request GET /products && claim 'the catalogue holds 8 products' is "$(field count)" 8 && verdict); }
 closed() { ! port_taken "$1"; }
-
-# fresh_copy FOLDER: what a clone would have there, and what is not committed yet: all but what git leaves out, too.
-fresh_copy() {
-  mkdir "$1"
-  tar --exclude=./.git --exclude=./.local --exclude=./.env --exclude=./web -cf - . | tar -xf - -C "$1"
-}
 
 # beside_swarm COMMAND...: runs it while demo_swarm.sh, also that of another check, may not leave its swarm.
 beside_swarm() { lock_engine --shared && "$@"; }

@@ -236,14 +236,14 @@ redis_answers() { is "$(local_redis "$1" ping 2>/dev/null)" PONG; }
 
 # private_servers [ARGUMENT...]: a PostgreSQL, with these arguments, and a Redis of a test's own, in a new folder TEST_DIR
 # and on free ports, which everything that is started afterwards finds in its environment. What your own stack was told is
-# not there. They are removed at_exit; a script that says itself what to do then has to do so.
+# not there. At_exit they are removed, after the jobs that use them; a script that says itself what to do then does so.
 private_servers() {
   need_servers
   unset PORT BIND_ADDRESS CACHE_TTL POSTGRES_SSLMODE
   export TEST_DIR POSTGRES_HOST=127.0.0.1 POSTGRES_PORT POSTGRES_DB=products_db POSTGRES_USER=postgres \
     POSTGRES_PASSWORD=postgres123 REDIS_HOST=127.0.0.1 REDIS_PORT REDIS_PASSWORD=''
   TEST_DIR=$(mktemp -d) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
-  at_exit "remove_servers '$TEST_DIR'"
+  at_exit "end_jobs && remove_servers '$TEST_DIR'"
   chmod 711 "$TEST_DIR" # PostgreSQL may run as another user
   start_postgres "$TEST_DIR" "$POSTGRES_PORT" "$@"
   start_redis "$TEST_DIR" "$REDIS_PORT"
@@ -273,6 +273,24 @@ end_process() {
   fi
   rm -f "$1"
 }
+
+# start_job COMMAND...: starts it as a job of its own, so that it can be ended with all that it has started.
+jobs=()
+start_job() {
+  set -m
+  "$@" &
+  jobs+=($!)
+  set +m
+}
+
+# end_jobs: ends them, also what they have started and left behind. They have time to clean up.
+end_jobs() {
+  local job
+  ((${#jobs[@]})) || return 0 # macOS's Bash takes an array without elements for one that is not set
+  for job in "${jobs[@]}"; do kill -TERM -- "-$job" 2>/dev/null || true; done
+  for job in "${jobs[@]}"; do wait_for 120 gone "$job" || kill -KILL -- "-$job" || true; done
+}
+gone() { ! kill -0 -- "-$1" 2>/dev/null; }
 
 # ---------------------------------------------------------------- the stack, with Docker or without
 

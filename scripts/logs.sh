@@ -16,6 +16,6 @@ mode=$(running_mode) || die 'the stack is not running: start it with ./scripts/s
 if is "$mode" docker; then
   docker compose logs --follow --tail 500 "$@"
 else
-  if [[ -n ${1:-} ]]; then set -- "$state/$1.log"; else set -- "$state"/*.log; fi
-  tail -n 500 -F "$@"
+  # shellcheck disable=SC2086 # without a name, all of them
+  tail -n 500 -F "$state"/${1:-*}.log
 fi | grep --line-buffered -v "$left_out"
