@@ -147,8 +147,8 @@ apt_install() (
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq || true # one source that does not answer may not be the one that is needed
   # shellcheck disable=SC2086 # a list of names
-  apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 >/dev/null ||
-    die "apt-get could not install:$1"
+  output=$(apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 2>&1) ||
+    { tail -n 20 <<<"$output" >&2; die "apt-get could not install:$1"; }
   if has "$1" redis-server && have systemctl; then systemctl disable redis-server >/dev/null 2>&1 || true; fi
 )
 
