@@ -10,17 +10,14 @@ state=${DESAFIO3_STATE:-$PWD/.local} # data, logs and pids of the stack without 
 marker=$state/made-by-desafio3 # the file that says so: clean.sh removes no folder without it
 
 # An interrupt ends the script, also where the program that it meets (docker, for one) takes it and ends as if
-# nothing had happened.
-trap 'exit 130' INT
-
-# at_exit COMMAND: runs it when the script ends, also when it is interrupted or told to end (SIGTERM): the command that
-# runs may finish first. Another signal does not stop the clean-up.
-at_exit() {
-  # shellcheck disable=SC2064 # the argument as it is now
-  trap "trap '' INT TERM; $1" EXIT
-  end_on_signals
-}
+# nothing had happened. So does a request to end (SIGTERM). The command that runs may finish first.
 end_on_signals() { trap 'exit 130' INT && trap 'exit 143' TERM; }
+end_on_signals
+
+# at_exit COMMAND: runs it when the script ends, for whatever reason. It is run to its end: another signal does not stop
+# it, nor does a part of it that fails.
+# shellcheck disable=SC2064 # the argument as it is now
+at_exit() { trap "trap '' INT TERM; $1 || true" EXIT; }
 
 # ---------------------------------------------------------------- words
 
@@ -44,26 +41,28 @@ wait_for() {
   done
 }
 
+# quietly COMMAND...: shows what it prints only when it fails. run COMMAND...: shows the command, too.
+quietly() { output=$("$@" 2>&1) || { printf '%s\nthis failed: %s\n' "$output" "$*" >&2 && return 1; }; }
+run() { say "\$ $(printf '%q ' "$@")" && quietly "$@"; }
+
 # ---------------------------------------------------------------- requests and claims
 
-# request METHOD PATH [JSON]: sends it to the service and prints a line about the answer, and what an error
-# says. It leaves them in $status, $body, $cache (the header Cache-Status) and $micros (the microseconds).
+# request METHOD PATH [JSON]: sends it to the service and prints a line about the answer, and the whole of one that
+# is no success. It leaves them in $status, $body, $cache (the header Cache-Status) and $micros (the microseconds).
 request() {
-  local answer head ended=ok
-  # curl writes the status and the time in a line of their own after the answer, also when there is none.
+  local answer head
+  # curl writes the status and the time in a line of their own after the answer, also when there is none or half of one.
   answer=$(curl -sS -i -m 20 -X "$1" ${3:+-H 'Content-Type: application/json' --data-binary "$3"} \
-    -w '\n%{http_code} %{time_starttransfer}' "$url$2" 2>&1) || ended=failed
+    -w '\n%{http_code} %{time_starttransfer}' "$url$2" 2>&1) || answer=${answer%$'\n'*}$'\n000 20.000000'
   answer=${answer//$'\r'/}
   read -r status micros <<<"${answer##*$'\n'}"
-  if is "$ended" failed; then status=000; fi
   micros=$((10#${micros/[.,]/})) answer=${answer%$'\n'*}
   head=${answer%%$'\n\n'*} body=${answer#*$'\n\n'} body=${body%$'\n'} cache=''
   if [[ $head =~ Cache-Status:\ ([^$'\n']*) ]]; then cache=${BASH_REMATCH[1]}; fi
   say "$(printf '%-6s %-34s %s  %-17s %6d.%d ms' "$1" "$2" "$status" "$cache" \
     "$((micros / 1000))" "$((micros % 1000 / 100))")"
   if [[ -n ${3:-} ]]; then say "       $3"; fi
-  if ((10#$status >= 400)) && has "$body" '"detail"'; then say "       $(field detail)"; fi
-  if [[ $body =~ \"errors\":\ *(\{[^}]*\}) ]]; then say "       ${BASH_REMATCH[1]}"; fi
+  if ! like '2*' "$status"; then say "       $body"; fi
 }
 
 # field NAME: the first value under that name in the last answer, a text without its quotes and backslashes.
@@ -99,6 +98,13 @@ expect() {
 }
 # shellcheck disable=SC2053 # a pattern
 like() { [[ $2 == $1 ]]; }
+
+# hit: reads the product $id and is true when Redis had it. cached PRICE: it soon has it, and with this price.
+hit() { request GET "/products/$id" && is "$cache" 'redis; hit'; }
+cached() { wait_for 2 hit && is "$(field price)" "$1"; }
+
+# ask sql|redis_cli WORDS...: shows what PostgreSQL or Redis answers, and leaves it in $answer.
+ask() { answer=$("$@") && say "${1/_/-}: ${*:2}  ->  ${answer:-(nothing)}"; }
 
 verdict() {
   printf '\n%d passed, %d failed\n' "$passed" "$failed"
@@ -369,7 +375,8 @@ attach() {
 }
 
 # create_product WHAT JSON: claims that a product is created, and leaves its number in $id. An interrupt in between, which
-# would leave a product that nobody knows, is ignored. For a script that has said what to do at_exit.
+# would leave a product that nobody knows, is ignored.
+id=''
 create_product() {
   trap '' INT TERM
   expect "$1" 201 POST /products "$2"
@@ -377,8 +384,10 @@ create_product() {
   end_on_signals
 }
 
-# delete_product: deletes the product $id that a script has made, if it has not done so itself.
-delete_product() { if [[ -n $id ]]; then request DELETE "/products/$id" >/dev/null; fi; }
+# delete_product: for at_exit. It deletes the product, if there is one that the script has not deleted itself, as soon
+# as the service can.
+delete_product() { [[ -z $id ]] || wait_for 60 deleted || say "the product $id is left"; }
+deleted() { request DELETE "/products/$id" >/dev/null && like '[24]04' "$status"; }
 
 # own_folder: refuses a folder for the data that start.sh has not made.
 own_folder() {
