@@ -5,67 +5,54 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 attach
-
-id=''
 at_exit delete_product
-name="Teste de comunicação $$"
 
 title '1. Web to PostgreSQL'
+name="Teste de comunicação $$"
 create_product 'the service creates a product' "{\"name\":\"$name\",\"price\":10.00}"
-row=$(sql "SELECT name FROM products WHERE id = ${id:-0}")
-say "psql: SELECT name FROM products WHERE id = $id  ->  $row"
-claim 'PostgreSQL has it' is "$row" "$name"
+ask sql "SELECT name FROM products WHERE id = ${id:-0}"
+claim 'PostgreSQL has it' is "$answer" "$name"
 
 title '2. Web to Redis'
 claim 'the cache is in use' wait_for 20 cache_in_use
 if ((failed)); then verdict; fi # which ends this script
 request GET "/products/$id"
-value=$(redis_cli GET "products:$id")
-say "redis-cli: GET products:$id  ->  $value"
-claim 'Redis holds what the service answered' is "$value" "$body"
-ttl=$(redis_cli TTL "products:$id")
-say "redis-cli: TTL products:$id  ->  $ttl"
-claim 'for a limited time' test "$ttl" -gt 0
-request DELETE "/products/$id"
-claim 'after a write Redis does not hold it any more' is "$status $(redis_cli EXISTS "products:$id")" '204 0'
-id=''
+ask redis_cli GET "products:$id"
+claim 'Redis holds what the service answered' is "$answer" "$body"
+ask redis_cli TTL "products:$id"
+claim 'for a limited time' test "$answer" -gt 0
+expect 'the product is deleted' 204 DELETE "/products/$id"
+ask redis_cli EXISTS "products:$id"
+claim 'after a write Redis does not hold it any more' is "$answer" 0
 
-# ping NAME: from where the service runs.
-ping() {
-  if is "$mode" docker; then
-    say "\$ docker exec $project-web ping -c 3 $1"
-    docker exec "$project-web" ping -c 3 "$1" | sed 's/^/    /'
-  else
-    "$state/web" ping -c 3 "$1" | sed 's/^/    /'
-  fi
-}
-
+# "web ping" tries to connect from where the service runs. In the image it is called ping.
 if is "$mode" docker; then
   title '3. Names inside the network'
-  claim 'the name "postgres" leads to PostgreSQL' ping postgres
-  claim 'the name "redis" leads to Redis' ping redis
   members=$(docker network inspect -f '{{range .Containers}}  {{println .Name .IPv4Address}}{{end}}' "$project-network")
   echo "$members"
   for service in web postgres redis; do
     claim "$project-$service is on the network $project-network" has "$members" " $project-$service "
   done
+  web=(docker exec "$project-web") postgres=postgres redis=redis
 else
   title '3. Ports on this machine (the names "postgres" and "redis" exist only in the network of Docker)'
-  claim 'PostgreSQL is reached' ping "127.0.0.1:$POSTGRES_PORT"
-  claim 'Redis is reached' ping "127.0.0.1:$REDIS_PORT"
+  web=("$state/web") postgres=127.0.0.1:$POSTGRES_PORT redis=127.0.0.1:$REDIS_PORT
 fi
+ping() {
+  say "\$ ${web[*]} ping -c 3 $1"
+  "${web[@]}" ping -c 3 "$1" | sed 's/^/    /'
+}
+claim "\"$postgres\" leads to PostgreSQL" ping "$postgres"
+claim "\"$redis\" leads to Redis" ping "$redis"
 
 title '4. Both servers, asked directly'
-version=$(sql 'SHOW server_version')
-say "psql: SHOW server_version  ->  $version"
-claim 'PostgreSQL answers' test -n "$version"
-pong=$(redis_cli PING)
-say "redis-cli: PING  ->  $pong"
-claim 'Redis answers' is "$pong" PONG
+ask sql 'SHOW server_version'
+claim 'PostgreSQL answers' test -n "$answer"
+ask redis_cli PING
+claim 'Redis answers' is "$answer" PONG
 
 title '5. What the service says of them'
-expect 'it is connected to PostgreSQL' '200 *"postgres":{"status":"connected"' GET /services
-claim 'it is connected to Redis' has "$body" '"redis":{"status":"connected"'
+expect 'it is connected to both' '200 *"postgres":{"status":"connected"*"redis":{"status":"connected"' GET /services
 say "$body"
 
 verdict
