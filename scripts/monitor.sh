@@ -13,7 +13,9 @@ attach
 ask() { body=$(curl -s -m 3 "$url$1") || body=''; }
 
 # look: asks for everything that is shown. Without an answer the figures are dashes, and the counts stay as they were.
+# In $new is what was counted since the last look. A service that started again began at 0.
 look() {
+  local i
   time=$(date +%T) web='no answer' postgres='?' redis='?' figures='hit rate -  keys -  memory -  products -'
   ask /services
   if [[ $body =~ \"postgres\":\{\"status\":\"([a-z]*)\".*\"redis\":\{\"status\":\"([a-z]*)\" ]]; then
@@ -28,15 +30,8 @@ look() {
   elif [[ -n $body ]]; then
     web=$(field detail) # what the service says when PostgreSQL is away
   fi
-}
-
-# since_before: in $new, what was counted since the last look. A service that started again began at 0.
-since_before() {
-  local i
-  peak=$((peak > 11 ? peak * 9 / 10 : 10)) # forgotten after some seconds
   for i in 0 1 2; do
     new[i]=$((now[i] < before[i] ? now[i] : now[i] - before[i]))
-    peak=$((new[i] > peak ? new[i] : peak))
   done
   before=("${now[@]}")
 }
@@ -55,7 +50,8 @@ draw() {
     printf '  %-10s%s%s%s\e[K\n' "$name" "$colour" "${!name}" "$plain"
   done
   printf '\e[K\n'
-  width=$(($(tput cols) - 24)) # of the longest bar of the last seconds
+  width=$(($(tput cols) - 24)) # of the longest bar of the last seconds, which is forgotten bit by bit
+  peak=$(printf '%d\n' 10 $((peak * 9 / 10)) "${new[@]}" | sort -n | tail -n 1)
   bar hits "${new[0]}" "$green"
   bar misses "${new[1]}" "$red"
   bar bypasses "${new[2]}" "$bold"
@@ -79,10 +75,8 @@ trap 'exit 0' INT TERM HUP
 
 new=() now=(0 0 0) before=(0 0 0) peak=10
 look
-before=("${now[@]}")
 for ((second = 1; second <= ${1:-999999999}; second++)); do
   sleep 1
   look
-  since_before
   $show
 done
