@@ -7,10 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 attach
 
-id='' holder="demo_stale $$" # the session that holds the product's row for a moment
+holder="demo_stale $$" # the session that holds the product's row for a moment
 # Also when the script is interrupted: no row is held, no key and no mark of ours is left, and the product is gone.
 restore() {
-  set +e # one that fails does not keep the others from being tried
   let_go
   wait # for a session that was only about to hold the row: it ends by itself
   delete_product
@@ -25,8 +24,11 @@ at_exit restore
 
 reader=0 writer=30 # where the columns begin
 
-timeline() {
+# part TITLE LINE...: begins one, with what there is to know before.
+part() {
   steps=0
+  title "$1"
+  printf '  %s\n' "${@:2}"
   printf '\n%s      %-*s%s%s\n' "$bold" "$writer" READER WRITER "$plain"
 }
 
@@ -43,10 +45,7 @@ at() {
   if is "$2" sql; then answer=${answer:-done}; fi
   step "$1" "${*:3}  ->  ${answer:-(nothing)}"
 }
-api() {
-  request "$@" >/dev/null
-  echo "$status $cache $(field price)"
-}
+api() { request "$@" >/dev/null && echo "$status $cache $(field price)"; }
 
 # side_by_side OLD NEW: what the two say in the end.
 side_by_side() {
@@ -75,10 +74,9 @@ claim 'the cache is in use' wait_for 20 cache_in_use
 create_product 'it is created' '{"name":"Café","price":1.00,"category":"demo"}'
 if ((failed)); then verdict; fi # which ends this script
 
-title '1. Cache-aside as everybody writes it, and a slow reader'
-say 'A reader takes the price from Redis, or else reads PostgreSQL and puts it there for 300 s.'
-say 'A writer changes PostgreSQL, then deletes the key. Each of them is right, until they meet:'
-timeline
+part '1. Cache-aside as everybody writes it, and a slow reader' \
+  'A reader takes the price from Redis, or else reads PostgreSQL and puts it there for 300 s.' \
+  'A writer changes PostgreSQL, then deletes the key. Each of them is right, until they meet:'
 at $reader redis_cli GET "textbook:$id"
 at $reader sql "SELECT price FROM products WHERE id = $id"
 price=$answer
@@ -87,19 +85,13 @@ at $writer redis_cli DEL "textbook:$id"
 at $reader redis_cli SET "textbook:$id" "$price" EX 300
 side_by_side 1.00 2.00
 
-title '2. The same, and a writer that dies between COMMIT and DEL'
-timeline
+part '2. Another accident: a writer that dies between COMMIT and DEL' 'A reader has filled the key, as above.'
 at $reader redis_cli SET "textbook:$id" 2.00 EX 300
 at $writer sql "UPDATE products SET price = 3.00 WHERE id = $id"
 step $writer 'nothing more: it is dead'
 at $reader redis_cli GET "textbook:$id"
 side_by_side 2.00 3.00
 
-title '3. The service, and the slow reader'
-say 'A reader takes a lease on the empty key, and may fill it only if the lease is still there. A writer'
-say 'leaves its mark and deletes the key, lease and all, before it changes PostgreSQL and again after it.'
-say 'The reader is played by hand, as in cache.go; its lease lasts 60 s and not 5, for you to read. The'
-say 'writer is the service; another session holds the row, so that it has to wait a moment.'
 fill_by_hand() { # as the script in cache.go: under the reader's own lease, and while no writer is at work
   answer=$(redis_cli EVAL "if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 1 then
     return 'refused' end return redis.call('SET', KEYS[1], ARGV[2], 'EX', 300)" \
@@ -107,7 +99,11 @@ fill_by_hand() { # as the script in cache.go: under the reader's own lease, and 
   step $reader "fill products:$id if it holds lease:hand and nobody writes  ->  $answer"
 }
 is_marked() { [[ -n $(redis_cli ZRANGE "writers:products:$id" 0 -1) ]]; }
-timeline
+part '3. The service, and the slow reader' \
+  'A reader takes a lease on the empty key, and may fill it only if the lease is still there. A writer' \
+  'leaves its mark and deletes the key, lease and all, before it changes PostgreSQL and again after it.' \
+  'The reader is played by hand, as in cache.go; its lease lasts 60 s and not 5, for you to read. The' \
+  'writer is the service; another session holds the row, so that it has to wait a moment.'
 at $reader redis_cli SET "products:$id" lease:hand NX GET EX 60
 at $reader sql "SELECT price FROM products WHERE id = $id"
 keys 'the reader has its lease, and the old price' '3.00; ; lease:hand.'
@@ -132,10 +128,9 @@ fill_by_hand "$(curl -sS "$url/products/$id")"
 at $reader api GET "/products/$id"
 claim 'this fill was taken, and is a hit' is "$answer" '200 redis; hit 4.00'
 
-title '4. The service, and the writer that dies between COMMIT and DEL'
-say 'The writer is played by hand, under the name of the service, so that no trigger tells of its change.'
+part '4. The service, and the writer that dies between COMMIT and DEL' \
+  'The writer is played by hand, under the name of the service, so that no trigger tells of its change.'
 expires=$(redis_cli EVAL "return redis.call('TIME')[1] + 12" 0) # a mark lasts 12 s by the clock of Redis
-timeline
 at $writer redis_cli ZADD "writers:products:$id" "$expires" hand
 at $writer redis_cli ZADD writers:products:all "$expires" hand
 at $writer redis_cli DEL "products:$id" products:all
