@@ -7,14 +7,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib.sh
 attach
 
-# Also when the script is interrupted: everything runs again, and the product is gone. What runs already is left alone.
-restore() {
-  control unpause redis
-  control start redis
+# Also when the script is interrupted: everything runs again, and the product is gone. What runs is left alone, but may
+# only be about to stop: so all is tried again until the service is healthy.
+all_runs() {
   control start postgres
-  delete_product
+  control start redis
+  control unpause redis
+  healthy
 } >/dev/null 2>&1
-at_exit restore
+at_exit 'wait_for 60 all_runs && delete_product'
 
 # recovers: waits until the service is healthy, and says how long that took.
 recovers() {
