@@ -34,15 +34,15 @@ have() { command -v "$1" >/dev/null 2>&1; }
 # wait_for SECONDS COMMAND...: tries the command until it succeeds, for so long at most.
 wait_for() {
   local deadline=$((SECONDS + $1))
-  shift
-  until "$@"; do
+  until "${@:2}"; do
     ((SECONDS < deadline)) || return 1
     sleep 0.1
   done
 }
 
-# quietly COMMAND...: shows what it prints only when it fails. run COMMAND...: shows the command, too.
-quietly() { output=$("$@" 2>&1) || { printf '%s\nthis failed: %s\n' "$output" "$*" >&2 && return 1; }; }
+# quietly COMMAND...: shows what it prints only when it fails, and leaves that in $answer. run COMMAND...: shows the
+# command, too.
+quietly() { answer=$("$@" 2>&1) || { printf '%s\nthis failed: %s\n' "$answer" "$*" >&2 && return 1; }; }
 run() { say "\$ $(printf '%q ' "$@")" && quietly "$@"; }
 
 # ---------------------------------------------------------------- requests and claims
@@ -67,11 +67,9 @@ request() {
 
 # field NAME: the first value under that name in the last answer, a text without its quotes and backslashes.
 field() {
-  local value
-  if [[ $body =~ \"$1\":\ *(\"(([^\"\\]|\\.)*)\"|[^],}\"]*) ]]; then
-    value=${BASH_REMATCH[2]:-${BASH_REMATCH[1]#\"\"}}
-    printf '%b\n' "${value//\\\"/\"}"
-  fi
+  [[ $body =~ \"$1\":\ *(\"(([^\"\\]|\\.)*)\"|[^],}\"]*) ]] || return 0
+  local value=${BASH_REMATCH[2]:-${BASH_REMATCH[1]#\"\"}}
+  printf '%b\n' "${value//\\\"/\"}"
 }
 
 is() { [[ $1 == "$2" ]]; }
