@@ -7,23 +7,22 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-desafio3}-lesson
 source scripts/lib.sh
 
-{ have docker && docker compose version && docker info; } >/dev/null 2>&1 ||
-  die 'this demonstration needs a Docker engine with Compose v2, and none answers here'
+reason=$(why_not_docker)
+[[ -z $reason ]] || die "this demonstration needs a Docker engine with Compose: $reason"
 WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
 mode=docker
 export DESAFIO3_MODE=$mode BIND_ADDRESS=127.0.0.1 WEB_PORT POSTGRES_PORT REDIS_PORT
 
 # The engine says when a container starts, ends, or changes its health. "docker events" writes it down meanwhile.
-folder=$(mktemp -d) journal=$folder/journal told=0
+journal=$(mktemp) told=0
 docker events --filter "label=com.docker.compose.project=$project" --filter event=start --filter event=die \
   --filter event=health_status --format '{{.TimeNano}} {{.Actor.Attributes.name}} {{.Action}}' >"$journal" &
 recorder=$!
 # Also when the script is interrupted: nothing of this stack is left.
 restore() {
-  set +e
   kill "$recorder"
   ./scripts/clean.sh
-  rm -rf "$folder"
+  rm -f "$journal"
 } >/dev/null 2>&1
 at_exit restore
 
@@ -36,17 +35,8 @@ tell() {
   told=$(wc -l <"$journal")
 }
 
-# run COMMAND...: shows a command and runs it. What it prints matters only when it fails, and then so do the states, and
-# the logs of what is not healthy.
-run() {
-  say "\$ $(printf '%q ' "$@")"
-  "$@" >"$folder/output" 2>&1 && return
-  cat "$folder/output"
-  show_unhealthy
-  die "this failed: $*"
-}
-# --wait: until all are healthy, or one of them is not.
-up() { run docker compose up --detach --wait --wait-timeout 90 "$@"; }
+# up: starts it, and waits until all are healthy. If one of them is not, the states and the logs say why.
+up() { run docker compose up --detach --wait --wait-timeout 90 "$@" || { show_unhealthy && exit 1; }; }
 inspect() { docker inspect -f "$2" "$project-$1"; }
 
 title '1. The order of the start (the first one builds the image)'
@@ -62,16 +52,15 @@ title '2. Names and addresses'
 say "\$ docker network inspect $project-network"
 docker network inspect -f '{{range .Containers}}    {{.Name}} {{.IPv4Address}}{{"\n"}}{{end}}' "$project-network"
 for name in postgres redis; do
-  say "\$ docker exec $project-web ping -c 1 $name"
-  answer=$(docker exec "$project-web" ping -c 1 "$name")
+  run docker exec "$project-web" ping -c 1 "$name"
   say "  ${answer%%$'\n'*}"
   address=$(inspect "$name" '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}')
   claim "the name $name leads to the container's own address" has "$answer" "($address:"
 done
 
 title '3. A volume outlives its container, until it is removed too'
-expect 'a product is created' 201 POST /products '{"name":"Café","price":1.00}'
-id=$(field id) container=$(inspect postgres '{{.Id}}')
+create_product 'a product is created' '{"name":"Café","price":1.00}'
+container=$(inspect postgres '{{.Id}}')
 run docker compose down
 up postgres
 claim 'this is another container' test "$(inspect postgres '{{.Id}}')" != "$container"
@@ -81,7 +70,7 @@ up
 expect 'without its volume, the data is gone' 404 GET "/products/$id"
 
 title '4. Health: web turns unhealthy, and back'
-tell >"$folder/output" # what came before is no news
+tell >/dev/null # what came before is no news
 run docker stop "$project-postgres"
 say 'the check asks every 3 s, and the third failure in a row counts ...'
 claim 'web is unhealthy' wait_for 60 happened web 'health_status: unhealthy'
@@ -94,8 +83,7 @@ tell
 claim 'web was not restarted: the engine only tells its health' is "$(inspect web '{{.RestartCount}}')" 0
 
 title '5. A crash: the engine starts again what died by itself (restart: unless-stopped)'
-request POST /products '{"name":"Café","price":2.00}'
-id=$(field id)
+create_product 'a product is created' '{"name":"Café","price":2.00}'
 run docker exec "$project-postgres" sh -c 'kill -QUIT 1' # PostgreSQL ends at once, and saves nothing
 claim 'PostgreSQL is there again, and nobody has started it' wait_for 60 happened postgres 'health_status: healthy'
 tell
@@ -113,7 +101,7 @@ claim 'with no capabilities' has "$kernel" $'CapEff:\t0000000000000000'
 claim 'and it cannot gain any' has "$kernel" $'NoNewPrivs:\t1'
 refused() {
   say "\$ $*"
-  ! "$@" >"$folder/output" 2>&1 && say "  $(tail -n 1 "$folder/output")"
+  ! answer=$("$@" 2>&1) && say "  ${answer##*$'\n'}"
 }
 claim 'there is no shell for an intruder' refused docker exec "$project-web" sh
 claim 'nobody can write a file' refused docker cp README.md "$project-web:/"
