@@ -103,7 +103,8 @@ start_local() {
   die 'the service did not become healthy'
 }
 healthy() { "$state/web" health >/dev/null 2>&1; }
-healthy_or_gone() { healthy || ! alive "$state/web.pid" "$state/web"; }
+# By its number alone: for a moment, its process still has the name of this script.
+healthy_or_gone() { healthy || ! kill -0 "$(<"$state/web.pid")" 2>/dev/null; }
 
 mode=$(running_mode || true) reason=''
 if ! is "$mode" local; then reason=$(why_not_docker); fi
