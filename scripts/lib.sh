@@ -43,7 +43,7 @@ wait_for() {
 # quietly COMMAND...: shows what it prints only when it fails, and leaves that in $answer. run COMMAND...: shows the
 # command, too.
 quietly() { answer=$("$@" 2>&1) || { printf '%s\nthis failed: %s\n' "$answer" "$*" >&2 && return 1; }; }
-run() { say "\$ $(printf '%q ' "$@")" && quietly "$@"; }
+run() { say "\$$(printf ' %q' "$@")" && quietly "$@"; }
 
 # ---------------------------------------------------------------- requests and claims
 
