@@ -20,14 +20,11 @@ export COMPOSE_PROJECT_NAME=$stack POSTGRES_SECRET=${stack}_password
 # These functions run in a container on the stack's network, where Swarm's own DNS answers. They go there as text
 # (declare -f). The image is PostgreSQL's, because it is here and has bash, which can open connections itself.
 
-# addresses: what the DNS says of "web", in random order: one virtual address, or the address of each replica.
-addresses() { getent ahostsv4 web | sed -n 's/ *STREAM.*//p' | shuf; }
-
-# connect: connects to one of them. When one refuses, it notes that and tries the next, as a load
-# balancer does. Behind a virtual address the next one is another replica, too: so that it is tried three times.
+# connect: connects to one of the addresses that the DNS has for "web", in random order: those of the replicas, or one
+# virtual address. When one refuses, it notes that and tries the next, as a load balancer does. Behind a virtual
+# address the next one is another replica, too: so that it is tried three times.
 connect() {
-  local all
-  all=$(addresses)
+  all=$(getent ahostsv4 web | sed -n 's/ *STREAM.*//p' | shuf)
   for address in $all $all $all; do
     if { exec 3<>"/dev/tcp/$address/8000"; } 2>/dev/null; then return; fi
     echo "refused - $address"
@@ -72,33 +69,28 @@ client() {
 }
 
 # in_clients CODE: runs the code there.
-in_clients() { docker exec "$clients" timeout 600 bash -c "LC_ALL=C; $(declare -f addresses connect exchange client); $1"; }
+in_clients() { docker exec "$clients" timeout 600 bash -c "LC_ALL=C; $(declare -f connect exchange client); $1"; }
 
 # no_request_failed [ADDRESS]: counts what the clients printed since the last time. ADDRESS is that of a replica that
 # was killed: what was in flight at it, one request of each client at most, is counted apart.
 seen=0 total=0
 no_request_failed() {
-  local lines sent refused lost failures
-  lines=$(wc -l <"$tmp/requests")
-  sed -n "$((seen + 1)),${lines}p" "$tmp/requests" >"$tmp/part"
-  refused=$(count '^refused') lost=$(count "^cut [A-Z]* ${1:-none}\$")
-  sent=$((lines - seen - refused)) failures=$((lines - seen - refused - lost - $(count '^ok')))
-  seen=$lines total=$((total + sent))
+  local sent refused lost failed
+  tail -n "+$((seen + 1))" "$tmp/requests" | sed '$d' >"$tmp/part" # the last line may not be whole yet
+  refused=$(count '^refused') lost=$(count "^cut [A-Z]* ${1:-none}$") sent=$(count -v '^refused')
+  failed=$((sent - lost - $(count '^ok'))) seen=$((seen + sent + refused)) total=$((total + sent))
   say "$sent requests, $(count PUT) of them writes; $refused connections refused and made to another replica"
   if [[ -n ${1:-} ]]; then say "$lost of them were in flight at the replica that was killed, and are counted apart"; fi
-  claim 'no request failed' is "$failures failed, $((sent > 100 && lost <= 4))" '0 failed, 1'
-  if ((failures)); then grep -v '^ok' "$tmp/part" | sort | uniq -c; fi
+  claim 'no request failed' is "$failed failed, $((sent > 100 && lost <= 4))" '0 failed, 1'
+  if ((failed)); then grep -v '^ok' "$tmp/part" | sort | uniq -c; fi
 }
-count() { grep -c -e "$1" "$tmp/part" || true; }
+count() { grep -c "$@" "$tmp/part" || true; }
 
 # ---------------------------------------------------------------- the stack
 
 # The replicas that are healthy; the number of replicas that Swarm wants and has.
 replicas() { docker ps -q -f "label=com.docker.swarm.service.name=${stack}_web" -f health=healthy | sort; }
 web_is() { is "$(replicas | wc -l) $(docker service ls -f "name=${stack}_web" --format '{{.Replicas}}')" "$1 $1/$1"; }
-
-# quietly COMMAND...: shows what it prints only when it fails.
-quietly() { "$@" >"$tmp/output" 2>&1 || { cat "$tmp/output" >&2 && die "this failed: $*"; }; }
 
 # version N LINE: an image like the one that was built, with another line in its Dockerfile.
 version() { quietly docker build -q -t "$stack-web:$1" - <<<"FROM $stack-web"$'\n'"$2"; }
@@ -115,35 +107,27 @@ choose() { say "replica $1" && url=http://127.0.0.1:$(docker port "$1" 8000 | se
 # update VERSION STATE OPTION...: rolls the version out, and waits until Swarm says how that ended. The options make
 # Swarm less patient than docker-stack.yml does, so that you do not wait where nothing happens.
 update() {
-  say "\$ docker service update --image $stack-web:$1 ${*:3} ${stack}_web"
-  quietly docker service update --detach --no-resolve-image --image "$stack-web:$1" "${@:3}" "${stack}_web"
+  run docker service update --detach --no-resolve-image --image "$stack-web:$1" "${@:3}" "${stack}_web"
   claim "the update ends: $2" wait_for 240 update_is "$2"
   docker service ps --format 'table {{.Name}}\t{{.Image}}\t{{.CurrentState}}' "${stack}_web" | sed 's/^/  /'
   claim 'all replicas run version 2' is "$(docker service ps -f desired-state=running --format '{{.Image}}' "${stack}_web" | sort -u)" "$stack-web:2"
 }
 update_is() { is "$(docker service inspect -f '{{.UpdateStatus.State}}' "${stack}_web")" "$1"; }
 
-have docker || die 'this demonstration needs a Docker engine'
 case "$(docker info -f '{{.Swarm.LocalNodeState}} {{.Swarm.Nodes}}' 2>/dev/null || true) $*" in
 'inactive 0 ') ours=yes ;;
 'active 1 --use-this-swarm') ours='' ;;
-active*) die 'this engine is in a swarm: --use-this-swarm makes the stack there if it has this node alone, a manager' ;;
-*) die 'an engine in no swarm is needed and no argument, or one in a swarm and --use-this-swarm' ;;
+*) die 'this needs a Docker engine in no swarm, and no argument; or one that is a swarm by itself, and --use-this-swarm' ;;
 esac
 [[ -z $ours || -z $(compose_containers) ]] ||
   die "when the engine leaves the swarm in the end, these would not find each other by name any more: $(compose_containers)
   Stop their stacks first (./scripts/stop.sh), and start them afterwards (./scripts/start.sh)."
 
 # made: what has the names of this script's things.
-made() {
-  docker ps -aq -f "name=$stack"
-  docker volume ls -q -f "name=${stack}_"
-  docker network ls -q -f "name=${stack}_"
-  docker images -q "$stack-web"
-}
-[[ -z $(made) ]] || die "there are containers, volumes, networks or images named $stack..., which this script would remove"
+made() { { docker ps -a && docker volume ls && docker network ls && docker images; } | grep "${stack}[-_]" || true; }
+[[ -z $(made) ]] || die "these have names of this script's, which would remove them:"$'\n'"$(made)"
 before=$(swarm_state) bridge=$(docker network ls -q -f name=docker_gwbridge) # Swarm makes it, and leaves it behind
-node='' # if its label is ours
+labelled=$(docker node ls -q -f node.label=desafio3.data=true 2>/dev/null || true)
 tmp=$(mktemp -d)
 
 # What is removed is tried again and again: interrupted in the middle of something, the engine may go on with it for
@@ -151,20 +135,17 @@ tmp=$(mktemp -d)
 clean_up() {
   trap : INT TERM # a signal ends the wait for the lock, but not the removal
   title 'Removing all of it'
-  wait_for 90 stack_removed >/dev/null 2>&1 || true
-  if [[ -n $ours ]]; then lock_engine --exclusive || true; fi
   rm -rf "$tmp"
+  docker rm -f -v "$clients" >/dev/null 2>&1 || true
+  if [[ -n $ours ]]; then lock_engine --exclusive || true; fi
   wait_for 90 as_before >/dev/null 2>&1 || die "something is left: docker ps -a, docker volume ls and docker images show it"
   if [[ -n $ours && -n $(compose_containers) ]]; then say "Started meanwhile, these do not find each other by name any more: docker restart $(compose_containers)"; fi
 }
-stack_removed() {
+as_before() {
   docker rm -f -v "$clients"
   docker stack rm "$stack"
-  [[ -z $(docker ps -aq -f "label=com.docker.stack.namespace=$stack") ]]
-}
-as_before() {
   docker secret rm "$POSTGRES_SECRET"
-  if [[ -n $node ]]; then docker node update --label-rm desafio3.data "$node"; fi
+  if [[ -z $labelled ]]; then docker node update --label-rm desafio3.data "$(docker node ls -q)"; fi
   if [[ -n $ours ]]; then docker swarm leave --force; fi
   if [[ -z $bridge ]]; then docker network rm docker_gwbridge; fi
   docker volume rm "${stack}_swarm_postgres" "${stack}_swarm_redis"
@@ -180,21 +161,17 @@ if [[ -n $ours ]]; then quietly docker swarm init --advertise-addr 127.0.0.1 --l
 quietly docker compose build web
 version 2 'LABEL version=2'
 version 3 'ENV POSTGRES_PORT=1'
-if [[ -z $(docker node ls -q -f node.label=desafio3.data=true) ]]; then
-  node=$(docker node ls -q)
-  quietly docker node update --label-add desafio3.data=true "$node"
-fi
+quietly docker node update --label-add desafio3.data=true "$(docker node ls -q)"
 od -An -N16 -tx1 /dev/urandom | tr -d ' \n' | quietly docker secret create "$POSTGRES_SECRET" -
 deploy vip
 quietly docker run -d --name "$clients" --network "${stack}_default" --entrypoint tail \
   "$(sed -n 's/^ *image: \(postgres:.*\)/\1/p' docker-stack.yml)" -f /dev/null
-if in_clients 'connect' >/dev/null; then
+# shellcheck disable=SC2016 # for the bash over there
+if vip=$(in_clients 'connect >/dev/null && echo "$address"'); then
   say 'The virtual address of "web" works: the clients use it.'
-  vip=$(in_clients addresses)
 else
   say 'The virtual address does not forward here: this kernel has no IPVS. So the stack runs with'
   say 'endpoint_mode dnsrr: "web" is the list of the replicas, and the clients choose one.'
-  vip=''
   quietly docker service rm "${stack}_web"
   deploy dnsrr
 fi
@@ -208,16 +185,14 @@ claim 'thirty requests to "web" reached all three containers' is "$(awk '{ print
 
 title '3. What is written through one is read through all, and what one has cached is a hit at all'
 choose "$(replicas | head -n 1)"
-request POST /products '{"name":"Produto da demonstração","price":1.00}'
-id=$(field id) price=1
-hit() { request GET "/products/$id" && is "$cache" 'redis; hit'; }
+create_product 'a product is created' '{"name":"Produto da demonstração","price":1.00}'
+price=1
 for writer in $(replicas); do
   choose "$writer"
   request PUT "/products/$id" "{\"price\":$((++price))}"
   for reader in $(replicas); do
     choose "$reader"
-    request GET "/products/$id"
-    claim 'the new price, at once' is "$status $(field price)" "200 $price.00"
+    expect 'the new price, at once' "200 *\"price\":$price.00," GET "/products/$id"
     claim 'and soon a hit' wait_for 20 hit
   done
 done
@@ -232,8 +207,7 @@ claim 'they are at work, and write, too' wait_for 60 grep -q PUT "$tmp/requests"
 title '5. A replica is killed'
 victim=$(replicas | head -n 1)
 address=$(docker inspect -f "{{(index .NetworkSettings.Networks \"${stack}_default\").IPAddress}}" "$victim")
-say "\$ docker kill $victim     ($address)"
-quietly docker kill "$victim"
+run docker kill "$victim"
 claim 'another one takes its place' wait_for 60 web_is 3
 docker service ps --format 'table {{.Name}}\t{{.CurrentState}}\t{{.Error}}' "${stack}_web" | sed 's/^/  /'
 no_request_failed "${vip:-$address}"
@@ -248,8 +222,7 @@ no_request_failed
 
 title '8. From three replicas to five, and to two'
 for number in 5 2; do
-  say "\$ docker service scale ${stack}_web=$number"
-  quietly docker service scale --detach "${stack}_web=$number"
+  run docker service scale --detach "${stack}_web=$number"
   claim "$number replicas are healthy" wait_for 60 web_is "$number"
   no_request_failed
 done
