@@ -10,8 +10,7 @@
 #   BENCH=Start ./scripts/bench.sh               only the benchmarks whose names match
 #   LOG_LEVEL=info ./scripts/bench.sh            with the access log (into a file)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 is "$(uname)" Linux || die 'this needs Linux: it reads processor time and memory from /proc'
 have go || die 'Go is needed: https://go.dev/dl/'

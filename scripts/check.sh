@@ -7,13 +7,11 @@
 #   ./scripts/check.sh
 #   RUN=TestFillWhileWriting ./scripts/check.sh     # one test alone
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
 # Names of its own; what your own stack was told is not for this one. One version, so that an image of the same code is
 # built once.
 export COMPOSE_PROJECT_NAME=desafio3-check-$$ DESAFIO3_VERSION=check
 unset LOG_LEVEL DESAFIO3_MODE DESAFIO3_STATE
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 shopt -s nullglob
 
 # ---------------------------------------------------------------- steps

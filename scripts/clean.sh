@@ -2,8 +2,7 @@
 # Removes the stack with its data, whichever way it was started: containers, volumes, networks and image,
 # and the data of the stack without Docker. It says what it removes.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 has_folder() { ! is "${DESAFIO3_MODE:-}" docker && [[ -e $state ]]; }
 has_engine() { ! is "${DESAFIO3_MODE:-}" local && docker compose ls >/dev/null 2>&1; }

@@ -2,8 +2,7 @@
 # Demonstration of the cache: a miss, a hit, how much faster a hit is, and why it is never a stale one.
 # It works on a product of its own, which it deletes in the end.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
 
 rounds=50

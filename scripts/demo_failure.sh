@@ -3,8 +3,7 @@
 # with it; without Redis, or with a silent one, it goes on. It works on a product of its own, which it
 # deletes in the end.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
 
 # Also when the script is interrupted: everything runs again, and the product is gone. What runs is left alone, but may

@@ -3,9 +3,8 @@
 # volumes, their health, their restart, and the rights that one of them does not have. It works on a stack of its
 # own, on free ports, and removes it in the end; yours is left alone. It needs Docker.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-desafio3}-lesson
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 reason=$(why_not_docker)
 [[ -z $reason ]] || die "this demonstration needs a Docker engine with Compose: $reason"

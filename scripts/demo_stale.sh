@@ -3,8 +3,7 @@
 # played by hand on a key of its own: after two accidents Redis gives the old price for five minutes. Then the same
 # two accidents happen to the service. It works on a product of its own, which it deletes in the end.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
 
 holder="demo_stale $$" # the session that holds the product's row for a moment

@@ -9,8 +9,7 @@
 # Everything that the script made is removed in the end. An engine that leaves a swarm forgets the names of the
 # containers that run, so stacks of Compose have to be stopped before.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 stack=$project-swarm clients=$project-swarm-clients
 export COMPOSE_PROJECT_NAME=$stack POSTGRES_SECRET=${stack}_password

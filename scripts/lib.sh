@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# What the scripts share. A script changes to the project's folder, sources this file and finds here:
+# What the scripts share. A script that sources this file is in the project's folder, and finds here:
 # words for the terminal, requests and claims for the demonstrations, PostgreSQL and Redis as plain
 # processes, and one way to reach the stack whether it runs under Docker or straight on the machine.
 # Sourcing it starts nothing.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 # COMPOSE_PROJECT_NAME and DESAFIO3_STATE give a second stack names and a folder of its own.
 project=${COMPOSE_PROJECT_NAME:-desafio3}

@@ -2,8 +2,7 @@
 # Follows the logs, until Ctrl-C:   ./scripts/logs.sh [--all] [web|postgres|redis]
 # Health checks that succeed are left out, several a minute as they are: --all shows them, too.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 left_out='path=/health status=200'
 if is "${1:-}" --all; then

@@ -5,8 +5,7 @@
 # Usage: ./scripts/mutants.sh [NAME...]
 # shellcheck disable=SC2016 # the dollars are for perl
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 need perl
 private_servers -c fsync=off

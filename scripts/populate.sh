@@ -2,8 +2,7 @@
 # Fills the catalogue with 8 products. Those whose name is there already are left alone, so running it
 # twice does not double them.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
 
 # add NAME DESCRIPTION PRICE STOCK CATEGORY

@@ -9,8 +9,7 @@
 # processes run straight on the machine, with their data, logs and ports in .local. The other variables
 # are in docker-compose.yml.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 if [[ -n ${PORT:-} ]]; then export WEB_PORT=${WEB_PORT:-$PORT}; fi
 # What the service says of its version: the image is built where git is not. Compose and go build take it from here.

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Stops the stack and keeps its data: ./scripts/start.sh brings it back as it was.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 case $(running_mode || true) in
 docker)

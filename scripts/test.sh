@@ -2,8 +2,7 @@
 # Tries the API, endpoint by endpoint, and checks every answer. It works on a product of its own, which
 # it deletes in the end.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
 at_exit delete_product
 

@@ -2,8 +2,7 @@
 # Shows that the services reach each other: what the service writes is looked up in PostgreSQL and in Redis
 # themselves. It works on a product of its own, which it deletes in the end.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
 at_exit delete_product
 
