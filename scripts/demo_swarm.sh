@@ -74,14 +74,14 @@ in_clients() { docker exec "$clients" timeout 600 bash -c "LC_ALL=C; $(declare -
 # was killed: what was in flight at it, one request of each client at most, is counted apart.
 seen=0 total=0
 no_request_failed() {
-  local sent refused lost failed
+  local sent refused lost failures
   tail -n "+$((seen + 1))" "$tmp/requests" | sed '$d' >"$tmp/part" # the last line may not be whole yet
   refused=$(count '^refused') lost=$(count "^cut [A-Z]* ${1:-none}$") sent=$(count -v '^refused')
-  failed=$((sent - lost - $(count '^ok'))) seen=$((seen + sent + refused)) total=$((total + sent))
+  failures=$((sent - lost - $(count '^ok'))) seen=$((seen + sent + refused)) total=$((total + sent))
   say "$sent requests, $(count PUT) of them writes; $refused connections refused and made to another replica"
   if [[ -n ${1:-} ]]; then say "$lost of them were in flight at the replica that was killed, and are counted apart"; fi
-  claim 'no request failed' is "$failed failed, $((sent > 100 && lost <= 4))" '0 failed, 1'
-  if ((failed)); then grep -v '^ok' "$tmp/part" | sort | uniq -c; fi
+  claim 'no request failed' is "$failures failed, $((sent > 100 && lost <= 4))" '0 failed, 1'
+  if ((failures)); then grep -v '^ok' "$tmp/part" | sort | uniq -c; fi
 }
 count() { grep -c "$@" "$tmp/part" || true; }
 

@@ -18,7 +18,7 @@ end_on_signals
 # at_exit COMMAND: runs it when the script ends, for whatever reason. It is run to its end: another signal does not stop
 # it, nor does a part of it that fails.
 # shellcheck disable=SC2064 # the argument as it is now
-at_exit() { trap "trap '' INT TERM; $1 || true" EXIT; }
+at_exit() { trap "trap '' INT TERM; { $1; } || true" EXIT; }
 
 # ---------------------------------------------------------------- words
 
