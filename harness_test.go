@@ -470,7 +470,7 @@ func postgres(lines string) {
 
 const (
 	stopPostgres  = `stop_postgres "$TEST_DIR" immediate; `
-	startPostgres = `start_postgres "$TEST_DIR" "$POSTGRES_PORT" -c fsync=off`
+	startPostgres = `start_postgres "$TEST_DIR" -c fsync=off`
 )
 
 // A proxy stands between the service and a server. It can let connections fall silent, which keeps what is sent until

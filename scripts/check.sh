@@ -7,6 +7,7 @@
 #   ./scripts/check.sh
 #   RUN=TestFillWhileWriting ./scripts/check.sh     # one test alone
 set -euo pipefail
+
 # Names of its own; what your own stack was told is not for this one. One version, so that an image of the same code is
 # built once.
 export COMPOSE_PROJECT_NAME=desafio3-check-$$ DESAFIO3_VERSION=check
@@ -22,13 +23,10 @@ names=() broken='' shown=0
 step() {
   local log=$TEST_DIR/log.${#names[@]}
   names+=("$1")
-  start_job timed "$log.seconds" "${@:2}" </dev/null >"$log" 2>&1
+  start_job timed "${@:2}" </dev/null >"$log" 2>&1
 }
-timed() {
-  SECONDS=0
-  "${@:2}"
-  echo "$SECONDS" >"$1"
-}
+timed() { time "$@"; } # which writes it into the log's last line
+TIMEFORMAT='%0R s'
 
 # results: waits for the steps that were started, and shows what one has printed when it failed.
 results() {
@@ -37,7 +35,7 @@ results() {
     log=$TEST_DIR/log.$i
     printf '%-44s' "${names[i]}"
     if wait "${jobs[i]}"; then
-      printf '%sok%s  %3d s\n' "$green" "$plain" "$(<"$log.seconds")"
+      printf '%sok%s %6s\n' "$green" "$plain" "$(tail -n 1 "$log")"
       sed -n '/^ok /p; /SEED=/p; /^ *phase .*slowest/,/^ *total /p; /left out/p' "$log"
     else
       printf '%sFAILED%s\n' "$red" "$plain"
@@ -46,16 +44,6 @@ results() {
     fi
   done
   shown=${#names[@]}
-}
-
-clean_up() {
-  local mode
-  end_jobs
-  # An end-to-end run that came to its end has removed its stack, and its folder, by itself.
-  for mode in local docker; do
-    if [[ -e $TEST_DIR/$mode ]]; then (cd "$TEST_DIR/$mode" && DESAFIO3_MODE=$mode ./scripts/clean.sh) || true; fi
-  done
-  remove_servers "$TEST_DIR"
 }
 
 # ---------------------------------------------------------------- what the steps do
@@ -110,6 +98,8 @@ end_to_end() {
   state=$PWD/.local
   export DESAFIO3_MODE=$1 WEB_PORT POSTGRES_PORT REDIS_PORT
   WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
+  end_on_signals
+  at_exit './scripts/clean.sh >/dev/null 2>&1'
   follow_readme "$1"
 
   title 'Starting it again is harmless, and populating it again does not double the catalogue'
@@ -123,14 +113,12 @@ end_to_end() {
   holds_8_products
   title 'Cleaning leaves nothing'
   ./scripts/clean.sh
-  claim 'no process listens on its port' closed "$WEB_PORT"
+  claim 'no process listens on its port' not port_taken "$WEB_PORT"
   claim 'no folder with data' test ! -e "$state"
-  cd .. && rm -rf "$1"
   verdict
 }
 
 holds_8_products() { (attach && request GET /products && claim 'the catalogue holds 8 products' is "$(field count)" 8 && verdict); }
-closed() { ! port_taken "$1"; }
 
 # beside_swarm COMMAND...: runs it while demo_swarm.sh, also that of another check, may not leave its swarm.
 beside_swarm() { lock_engine --shared && "$@"; }
@@ -148,7 +136,6 @@ if [[ -n ${RUN:-} ]]; then
   exit
 fi
 
-at_exit clean_up
 split README.md
 step 'gofmt' formatted
 step 'go vet' go vet ./...
@@ -172,8 +159,5 @@ else
 fi
 results
 [[ -z $broken ]] || die "${broken}did not hold"
-if [[ -z $reason ]]; then
-  left=$({ docker ps -a && docker volume ls && docker network ls && docker images; } | grep "${project}[-_]" || true)
-  [[ -z $left ]] || die "Docker still has $left"
-fi
+[[ -n $reason || -z $(in_docker "$project") ]] || die "Docker still has $(in_docker "$project")"
 printf '\n%sEverything holds.%s\n' "$green" "$plain"

@@ -14,16 +14,10 @@ export DESAFIO3_MODE=$mode BIND_ADDRESS=127.0.0.1 WEB_PORT POSTGRES_PORT REDIS_P
 
 # The engine says when a container starts, ends, or changes its health. "docker events" writes it down meanwhile.
 journal=$(mktemp) told=0
-docker events --filter "label=com.docker.compose.project=$project" --filter event=start --filter event=die \
-  --filter event=health_status --format '{{.TimeNano}} {{.Actor.Attributes.name}} {{.Action}}' >"$journal" &
-recorder=$!
+start_job docker events --filter "label=com.docker.compose.project=$project" --filter event=start --filter event=die \
+  --filter event=health_status --format '{{.TimeNano}} {{.Actor.Attributes.name}} {{.Action}}' >"$journal"
 # Also when the script is interrupted: nothing of this stack is left.
-restore() {
-  kill "$recorder"
-  ./scripts/clean.sh
-  rm -f "$journal"
-} >/dev/null 2>&1
-at_exit restore
+at_exit "end_jobs; ./scripts/clean.sh >/dev/null 2>&1; rm -f '$journal'"
 
 # position SERVICE EVENT: its line among the events that were not told yet. tell shows those, with their seconds.
 position() { tail -n "+$((told + 1))" "$journal" | grep -nF "$project-$1 $2" | cut -d : -f 1; }
@@ -63,7 +57,7 @@ container=$(inspect postgres '{{.Id}}')
 run docker compose down
 up postgres
 claim 'this is another container' test "$(inspect postgres '{{.Id}}')" != "$container"
-claim 'with the same data' is "$(sql "SELECT price FROM products WHERE id = $id")" 1.00
+ask 'with the same data' 1.00 sql "SELECT price FROM products WHERE id = $id"
 run docker compose down --volumes
 up
 expect 'without its volume, the data is gone' 404 GET "/products/$id"
@@ -87,7 +81,7 @@ run docker exec "$project-postgres" sh -c 'kill -QUIT 1' # PostgreSQL ends at on
 claim 'PostgreSQL is there again, and nobody has started it' wait_for 60 happened postgres 'health_status: healthy'
 tell
 claim 'the engine has counted this restart' is "$(inspect postgres '{{.RestartCount}}')" 1
-claim 'what was written before the crash is there' is "$(sql "SELECT price FROM products WHERE id = $id")" 2.00
+ask 'what was written before the crash is there' 2.00 sql "SELECT price FROM products WHERE id = $id"
 works() { request GET "/products/$id" >/dev/null && is "$status" 200; }
 claim 'web works again' wait_for 30 works
 claim 'and web was not restarted' is "$(inspect web '{{.RestartCount}}')" 0

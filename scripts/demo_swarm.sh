@@ -122,9 +122,7 @@ esac
   die "when the engine leaves the swarm in the end, these would not find each other by name any more: $(compose_containers)
   Stop their stacks first (./scripts/stop.sh), and start them afterwards (./scripts/start.sh)."
 
-# made: what has the names of this script's things.
-made() { { docker ps -a && docker volume ls && docker network ls && docker images; } | grep "${stack}[-_]" || true; }
-[[ -z $(made) ]] || die "these have names of this script's, which would remove them:"$'\n'"$(made)"
+[[ -z $(in_docker "$stack") ]] || die "these have names of this script's, which would remove them:"$'\n'"$(in_docker "$stack")"
 before=$(swarm_state) bridge=$(docker network ls -q -f name=docker_gwbridge) # Swarm makes it, and leaves it behind
 labelled=$(docker node ls -q -f node.label=desafio3.data=true 2>/dev/null || true)
 tmp=$(mktemp -d)
@@ -149,7 +147,7 @@ as_before() {
   if [[ -z $bridge ]]; then docker network rm docker_gwbridge; fi
   docker volume rm "${stack}_swarm_postgres" "${stack}_swarm_redis"
   docker rmi "$stack-web:3" "$stack-web:2" "$stack-web"
-  is "$(swarm_state) $(made)" "$before "
+  is "$(swarm_state) $(in_docker "$stack")" "$before "
 }
 at_exit clean_up
 

@@ -75,6 +75,7 @@ field() {
 
 is() { [[ $1 == "$2" ]]; }
 has() { [[ $1 == *"$2"* ]]; }
+not() { ! "$@"; }
 
 # claim WHAT COMMAND...: checks what a demonstration says. After the last claim comes verdict.
 passed=0 failed=0
@@ -102,8 +103,13 @@ like() { [[ $2 == $1 ]]; }
 hit() { request GET "/products/$id" && is "$cache" 'redis; hit'; }
 cached() { wait_for 2 hit && is "$(field price)" "$1"; }
 
-# ask sql|redis_cli WORDS...: shows what PostgreSQL or Redis answers, and leaves it in $answer.
-ask() { answer=$("$@") && say "${1/_/-}: ${*:2}  ->  ${answer:-(nothing)}"; }
+# ask WHAT ANSWER sql|redis_cli WORDS...: the same for PostgreSQL or Redis, asked directly. It claims the answer.
+ask() {
+  local answer
+  answer=$("${@:3}") || true
+  say "${3/_/-}: ${*:4}  ->  ${answer:-(nothing)}"
+  claim "$1" like "$2" "$answer"
+}
 
 verdict() {
   printf '\n%d passed, %d failed\n' "$passed" "$failed"
@@ -160,10 +166,9 @@ apt_install() (
 # need_servers: PostgreSQL, a Redis that is new enough, and the little that these scripts use are there.
 need_servers() {
   need curl ps=procps postgres=postgresql 'redis-server valkey-server=redis-server' || return 1
-  if ! [[ $("$(redis_server)" --version) =~ v=([0-9]+) ]] || ((BASH_REMATCH[1] < 7)); then # "Redis server v=7.0.15 sha=..."
-    echo "Redis 7.0 or newer is needed, or Valkey: $(redis_server) is older" >&2
-    return 1
-  fi
+  # It says "Redis server v=7.0.15 sha=...".
+  [[ $("$(redis_server)" --version) =~ \ v=([7-9]|[1-9][0-9]+)\. ]] ||
+    { echo "Redis 7.0 or newer is needed, or Valkey: $(redis_server) is older" >&2; return 1; }
 }
 
 port_taken() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
@@ -182,11 +187,11 @@ as_postgres() {
   if ((EUID == 0)); then (cd / && exec runuser -u postgres -- "$@"); else "$@"; fi
 }
 
-# start_postgres DIR PORT [ARGUMENT...]: starts a PostgreSQL on 127.0.0.1:PORT with its data and its log in DIR, and
-# returns when it answers. One that runs is left alone. Where there is no cluster it is made first, with its database,
-# as POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB say.
+# start_postgres DIR [ARGUMENT...]: starts a PostgreSQL on port POSTGRES_PORT of 127.0.0.1 with its data and its log in
+# DIR, and returns when it answers. One that runs is left alone. Where there is no cluster it is made first, with its
+# database, as POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB say.
 start_postgres() {
-  local dir port=$2 home
+  local dir home
   mkdir -p "$1" && dir=$(cd "$1" && pwd) || return 1
   home=$dir/postgres
   if [[ ! -e $home ]] && ! as_postgres test -x "$dir"; then
@@ -195,7 +200,7 @@ start_postgres() {
   fi
   mkdir -p "$home" && home=$(cd -P "$home" && pwd) && chown "$(as_postgres id -u)" "$home" || return 1
   # Its pid alone proves nothing: after a crash of the machine the number may be somebody else's.
-  if as_postgres pg_ctl -D "$home/data" status >/dev/null 2>&1 && pg_isready -q -h 127.0.0.1 -p "$port"; then return 0; fi
+  if as_postgres pg_ctl -D "$home/data" status >/dev/null 2>&1 && pg_isready -q -h 127.0.0.1 -p "$POSTGRES_PORT"; then return 0; fi
   {
     if [[ ! -e $home/data ]]; then
       # Made under another name, so that a cluster called "data" is always a whole one. initdb reads the
@@ -208,7 +213,7 @@ start_postgres() {
         mv "$home/new" "$home/data"
     fi &&
       as_postgres pg_ctl -D "$home/data" -t 120 start </dev/null \
-        -o "-c listen_addresses=127.0.0.1 -c port=$port -c unix_socket_directories= ${*:3}"
+        -o "-c listen_addresses=127.0.0.1 -c port=$POSTGRES_PORT -c unix_socket_directories= ${*:2}"
   } >>"$dir/postgres.log" 2>&1 || { tail -n 20 "$dir/postgres.log" >&2; return 1; }
 }
 
@@ -219,25 +224,24 @@ stop_postgres() {
   { as_postgres pg_ctl -D "$data" -m "${2:-fast}" -t 180 stop || ! as_postgres pg_ctl -D "$data" status; } >/dev/null 2>&1
 }
 
-# start_redis DIR PORT: the same for Redis, with REDIS_PASSWORD and the settings of docker-compose.yml.
+# start_redis DIR: the same for Redis, with REDIS_PORT, REDIS_PASSWORD and the settings of docker-compose.yml.
 start_redis() {
-  if alive "$1/redis.pid" "-server 127.0.0.1:$2"; then return 0; fi
+  if alive "$1/redis.pid" "-server 127.0.0.1:$REDIS_PORT"; then return 0; fi
   mkdir -p "$1/redis"
-  { (cd "$1/redis" && "$(redis_server)" --bind 127.0.0.1 --port "$2" --requirepass "$REDIS_PASSWORD" \
+  { (cd "$1/redis" && "$(redis_server)" --bind 127.0.0.1 --port "$REDIS_PORT" --requirepass "$REDIS_PASSWORD" \
     --save '60 1' --maxmemory 64mb --maxmemory-policy volatile-lru \
     --daemonize yes --pidfile ../redis.pid --logfile ../redis.log >/dev/null) &&
-    wait_for 60 redis_answers "$2"; } || { tail -n 20 "$1/redis.log" >&2; return 1; }
+    wait_for 60 local_redis -e ping >/dev/null 2>&1; } || { tail -n 20 "$1/redis.log" >&2; return 1; }
 }
 
 stop_redis() { end_process "$1/redis.pid" '-server 127.0.0.1:' 30; }
 
-# local_redis PORT COMMAND...: what redis-cli prints for it.
+# local_redis COMMAND...: what redis-cli prints for it.
 local_redis() {
   local server
   server=$(redis_server)
-  ${REDIS_PASSWORD:+env "REDISCLI_AUTH=$REDIS_PASSWORD"} "${server%-server}-cli" -h 127.0.0.1 -p "$@"
+  ${REDIS_PASSWORD:+env "REDISCLI_AUTH=$REDIS_PASSWORD"} "${server%-server}-cli" -h 127.0.0.1 -p "$REDIS_PORT" "$@"
 }
-redis_answers() { is "$(local_redis "$1" ping 2>/dev/null)" PONG; }
 
 # private_servers [ARGUMENT...]: a PostgreSQL, with these arguments, and a Redis of a test's own, in a new folder TEST_DIR
 # and on free ports, which everything that is started afterwards finds in its environment. What your own stack was told is
@@ -250,8 +254,8 @@ private_servers() {
   TEST_DIR=$(mktemp -d) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
   at_exit "end_jobs && remove_servers '$TEST_DIR'"
   chmod 711 "$TEST_DIR" # PostgreSQL may run as another user
-  start_postgres "$TEST_DIR" "$POSTGRES_PORT" "$@"
-  start_redis "$TEST_DIR" "$REDIS_PORT"
+  start_postgres "$TEST_DIR" "$@"
+  start_redis "$TEST_DIR"
 }
 
 # remove_servers DIR: stops them and removes DIR, and the data that start_postgres may have put elsewhere.
@@ -265,16 +269,14 @@ remove_servers() {
 # alive PIDFILE NAME: the process noted there runs, and is the one we mean: NAME is in its command line.
 alive() { has "$(ps -p "$(cat "$1" 2>/dev/null)" -o command= 2>/dev/null)" "$2"; }
 
-ended() { ! alive "$@"; }
-
 # end_process PIDFILE NAME SECONDS: asks it to end, and after so many seconds makes it.
 end_process() {
   local pid
   if alive "$1" "$2"; then
     pid=$(<"$1")
     kill -CONT "$pid" && kill -TERM "$pid"
-    wait_for "$3" ended "$1" "$2" || kill -KILL "$pid"
-    wait_for 10 ended "$1" "$2" || return 1
+    wait_for "$3" not alive "$1" "$2" || kill -KILL "$pid"
+    wait_for 10 not alive "$1" "$2" || return 1
   fi
   rm -f "$1"
 }
@@ -318,6 +320,9 @@ folder_label=com.docker.compose.project.working_dir
 compose_containers() { docker ps -f label=com.docker.compose.project --format '{{.Names}}' | paste -s -d ' ' -; }
 swarm_state() { docker info -f '{{.Swarm.LocalNodeState}}'; }
 
+# in_docker NAME: the containers, volumes, networks and images whose names begin with it.
+in_docker() { { docker ps -a && docker volume ls && docker network ls && docker images; } | grep "$1[-_]" || true; }
+
 # lock_engine --shared|--exclusive: until this shell ends. An engine that leaves a swarm forgets the names of the containers that run
 # (https://github.com/moby/moby/issues/45144). So demo_swarm.sh takes the lock before it leaves its swarm, and check.sh
 # shares it while it runs stacks of Compose.
@@ -333,9 +338,8 @@ running_mode() {
   if [[ -n ${DESAFIO3_MODE:-} ]]; then echo "$DESAFIO3_MODE"; return 0; fi
   containers=$(docker ps -a -f "$project_label" --format '{{.State}}' 2>/dev/null || true)
   if [[ -e $marker && -e $state/env ]]; then # it is there from start to stop
-    if has "$containers" running; then
+    ! has "$containers" running ||
       say 'Two stacks run: this is about the one without Docker. DESAFIO3_MODE=docker is for the other one.' >&2
-    fi
     echo local
   elif [[ -n $containers ]]; then
     echo docker
@@ -373,14 +377,15 @@ attach() {
   url=http://${url/#0.0.0.0/127.0.0.1}
 }
 
-# create_product WHAT JSON: claims that a product is created, and leaves its number in $id. An interrupt in between, which
-# would leave a product that nobody knows, is ignored.
+# create_product WHAT JSON: claims that a product is created, and leaves its number in $id. Without one the script ends.
+# An interrupt in between, which would leave a product that nobody knows, is ignored.
 id=''
 create_product() {
   trap '' INT TERM
   expect "$1" 201 POST /products "$2"
   id=$(field id)
   end_on_signals
+  [[ -n $id ]] || die 'without a product there is nothing to show'
 }
 
 # delete_product: for at_exit. It deletes the product, if there is one that the script has not deleted itself, as soon
@@ -416,17 +421,14 @@ what_it_logged() { grep -v path=/health | tail -n 20 | sed 's/^/    | /' || true
 
 # show_unhealthy: which containers run, and what those that are not healthy have logged.
 show_unhealthy() {
-  local service
   show_stack
-  docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}' | sed '/(healthy)/d' |
-    while read -r service _; do
-      title "The log of $service"
-      docker compose logs --no-log-prefix --tail 200 "$service" 2>&1 | what_it_logged
-    done
+  docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}' |
+    sed '/(healthy)/d; s/ .*//' | xargs docker compose logs --tail 200 2>&1 | what_it_logged
 }
 
 # cache_in_use: the service is connected to Redis a moment before it has made sure that it can trust it.
 cache_in_use() { request GET /stats >/dev/null && has "$body" '"trusted":true'; }
+need_cache() { wait_for 20 cache_in_use || die 'the service does not use its cache: ./scripts/logs.sh web says why'; }
 
 # sql QUERY: what psql prints for it, bare. It shows PostgreSQL the password, as the service does: in the
 # container, too, it asks by the network's address, since a local connection needs none there.
@@ -442,7 +444,7 @@ sql() {
 
 # redis_cli COMMAND...: what redis-cli prints for it.
 redis_cli() {
-  if is "$mode" local; then local_redis "$REDIS_PORT" "$@"; else docker exec "$project-redis" redis-cli "$@"; fi
+  if is "$mode" local; then local_redis "$@"; else docker exec "$project-redis" redis-cli "$@"; fi
 }
 
 # control stop|start|pause|unpause postgres|redis: does it to one server (without Docker, only Redis can
@@ -454,11 +456,9 @@ control() {
   else
     say "$1 $2"
     case "$1 $2" in
-    'start postgres') start_postgres "$state" "$POSTGRES_PORT" ;;
-    'start redis') start_redis "$state" "$REDIS_PORT" ;;
     'pause redis') kill -STOP "$(<"$state/redis.pid")" ;;
     'unpause redis') kill -CONT "$(<"$state/redis.pid")" ;;
-    *) "stop_$2" "$state" ;;
+    *) "$1_$2" "$state" ;;
     esac
   fi
 }

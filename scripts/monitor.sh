@@ -8,19 +8,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 if [[ $# -gt 1 || ! ${1:-1} =~ ^[1-9][0-9]{0,8}$ ]]; then die 'usage: ./scripts/monitor.sh [SECONDS]'; fi
 attach
 
-# ask PATH: leaves the answer in $body, and nothing where there is none. While a server is silent it takes 2 s.
-ask() { body=$(curl -s -m 3 "$url$1") || body=''; }
+# fetch PATH: leaves the answer in $body, and nothing where there is none. While a server is silent it takes 2 s.
+fetch() { body=$(curl -s -m 3 "$url$1") || body=''; }
 
 # look: asks for everything that is shown. Without an answer the figures are dashes, and the counts stay as they were.
 # In $new is what was counted since the last look. A service that started again began at 0.
 look() {
   local i
   time=$(date +%T) web='no answer' postgres='?' redis='?' figures='hit rate -  keys -  memory -  products -'
-  ask /services
+  fetch /services
   if [[ $body =~ \"postgres\":\{\"status\":\"([a-z]*)\".*\"redis\":\{\"status\":\"([a-z]*)\" ]]; then
     web=running postgres=${BASH_REMATCH[1]} redis=${BASH_REMATCH[2]}
   fi
-  ask /stats
+  fetch /stats
   if has "$body" '"hits"'; then
     now=("$(field hits)" "$(field misses)" "$(field bypasses)")
     figures=$(awk -v rate="$(field hit_rate)" 'BEGIN { printf "hit rate %d%%", 100 * rate }')

@@ -15,23 +15,19 @@ printf '%-22s %-34s %-9s %s\n' 'rule taken out' 'test' 'noticed' 'seconds'
 
 # mutant NAME TEST PERL: PERL must change one of the service's files.
 mutant() {
-  local began=$SECONDS noticed=no tree=$TEST_DIR/tree output=$TEST_DIR/$1.log
+  local began=$SECONDS noticed=yes tree=$TEST_DIR/tree output=$TEST_DIR/$1.log
   if [[ $wanted != '  ' && $wanted != *" $1 "* ]]; then return; fi
   rm -rf "$tree"
   mkdir "$tree"
   cp -R ./*.go go.mod go.sum schema.sql scripts "$tree"
   perl -0pi -e "$3" "$tree"/{main,products,cache,health}.go
-  if ! cmp -s <(cat ./*.go) <(cat "$tree"/*.go); then
-    (cd "$tree" && go test -count=1 -timeout 120s -v -run "^$2\$" .) >"$output" 2>&1 || true
-    if grep -q '^--- FAIL' "$output" && ! grep -q 'panic: test timed out' "$output"; then noticed=yes; fi
-  else
-    echo 'its pattern does not match the service any more' >"$output"
+  ! cmp -s <(cat ./*.go) <(cat "$tree"/*.go) || die "$1: its pattern does not match the service any more"
+  (cd "$tree" && go test -count=1 -timeout 120s -v -run "^$2\$" .) >"$output" 2>&1 || true
+  if ! grep -q '^--- FAIL' "$output" || grep -q 'panic: test timed out' "$output"; then
+    tail -n 20 "$output"
+    noticed=no survivors=$((survivors + 1))
   fi
   printf '%-22s %-34s %-9s %7d\n' "$1" "$2" "$noticed" "$((SECONDS - began))"
-  if is "$noticed" no; then
-    tail -n 20 "$output"
-    survivors=$((survivors + 1))
-  fi
 }
 
 mutant no-lease-check TestFillAfterCommit 's/\n[^\n]*~= token then return end//'

@@ -55,7 +55,7 @@ start_docker() {
 none_unhealthy() { [[ -z $(docker ps -q -f "$project_label" -f health=unhealthy) ]]; }
 
 start_local() {
-  local name wanted=${WEB_PORT:-8000}
+  local wanted=${WEB_PORT:-8000}
   title "Starting without Docker, in $state"
   need_servers || exit 1
   have go || die 'Go is needed to build the service: https://go.dev/dl/'
@@ -79,13 +79,11 @@ start_local() {
   mkdir -p "$state"
   touch "$marker"
   # The other scripts read this file. It holds passwords.
-  for name in BIND_ADDRESS WEB_PORT POSTGRES_PORT POSTGRES_DB POSTGRES_USER POSTGRES_PASSWORD REDIS_PORT REDIS_PASSWORD; do
-    printf '%s=%q\n' "$name" "${!name}"
-  done | (umask 077 && cat >"$state/env")
+  (umask 077 && set | grep -aE '^(BIND_ADDRESS|WEB_PORT|POSTGRES_(PORT|DB|USER|PASSWORD)|REDIS_(PORT|PASSWORD))=' >"$state/env")
 
-  start_postgres "$state" "$POSTGRES_PORT" || die "PostgreSQL did not start: see $state/postgres.log"
+  start_postgres "$state" || die "PostgreSQL did not start: see $state/postgres.log"
   (same_password) || { stop_local; exit 1; }
-  start_redis "$state" "$REDIS_PORT" || die "Redis did not start: see $state/redis.log"
+  start_redis "$state" || die "Redis did not start: see $state/redis.log"
 
   say 'building the service'
   CGO_ENABLED=0 go build -trimpath -ldflags="-s -w -X main.release=$DESAFIO3_VERSION" -o "$state/web.new" .
@@ -115,7 +113,7 @@ if is "$mode" local || [[ -n $reason ]]; then mode=local; else mode=docker; fi
 attach
 title 'State'
 show_stack
-wait_for 20 cache_in_use || die 'the service does not use its cache: ./scripts/logs.sh web says why'
+need_cache
 title 'Try next'
 say "./scripts/populate.sh                 # 8 products"
 say "curl ${url/127.0.0.1/localhost}/products"
