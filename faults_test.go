@@ -206,23 +206,23 @@ func wantAllUnavailable(t *testing.T, s *testServer, limit time.Duration) {
 		{"GET", "/products", ""}, {"GET", "/products/1", ""}, {"GET", "/products?limit=1", ""}, {"GET", "/stats", ""},
 		{"POST", "/products", `{"name":"silent#","price":1}`}, {"PUT", "/products/1", `{"stock":1}`}, {"DELETE", "/products/1", ""},
 	}
-	wait := concurrently(10*len(requests), func(i int) { // more than the pool has connections
+	concurrently(10*len(requests), func(i int) { // more than the pool has connections
 		c := requests[i%len(requests)]
 		a, err := s.trySend(c.method, c.path, strings.Replace(c.body, "#", strconv.Itoa(i), 1))
 		if err != nil || a.status != 503 || a.took > limit || a.header.Get("Retry-After") == "" || !strings.Contains(a.body, "database unavailable") {
 			t.Errorf("%s %s: %d after %v, %v %v %s", c.method, c.path, a.status, a.took, err, a.header, a.body)
 		}
 		wantProblem(t, a)
-	})
-	wait()
+	})()
 }
 
 // A server without TLS says so, and the connection on which it does is closed before another one is made in the clear.
-func TestNoConnectionLeftWithoutTLS(t *testing.T) {
+// When that one is answered by something that is no PostgreSQL, the service says that there is none.
+func TestServerWithoutTLS(t *testing.T) {
 	cfg := testConfig()
 	server, port := listen(t)
 	cfg.postgresSSLMode, cfg.postgresPort = "prefer", port
-	startReplica(t, cfg)
+	s := startReplica(t, cfg)
 	conn := must(server.Accept())
 	defer conn.Close()
 	check(conn.SetDeadline(time.Now().Add(5 * time.Second)))
@@ -230,6 +230,12 @@ func TestNoConnectionLeftWithoutTLS(t *testing.T) {
 	must(conn.Write([]byte("N")))
 	_, err := conn.Read(make([]byte, 1))
 	equal(t, "the end of the connection", err, io.EOF)
+	go func() {
+		for conn, err := server.Accept(); err == nil; conn, err = server.Accept() {
+			_, _ = conn.Write([]byte("X\x00\x00\x00\x04"))
+		}
+	}()
+	wantAllUnavailable(t, s, 6*time.Second)
 }
 
 // TestPoolExhausted holds every connection: requests end in bounded time with a clear status.
@@ -503,9 +509,9 @@ func TestPing(t *testing.T) {
 	wantExit(t, 2, "usage", os.Args[0], nil, "serve")
 }
 
-// TestHerd sends a thousand requests at a time, and keeps PostgreSQL from answering before all have arrived. They cost
-// two queries at most, which PostgreSQL counts, hit or miss, and each answer says where it came from; so does an error
-// that they share, for the race detector to watch.
+// TestHerd sends a thousand requests, lets them go on at the same moment, and keeps PostgreSQL from answering before all
+// have done so. They cost two queries at most, which PostgreSQL counts, hit or miss, and each answer says where it came
+// from; so does an error that they share, for the race detector to watch.
 func TestHerd(t *testing.T) {
 	cfg := withDatabase(t, testConfig())
 	redis := startProxy(t, net.JoinHostPort(cfg.redisHost, cfg.redisPort), nil)
@@ -518,22 +524,29 @@ func TestHerd(t *testing.T) {
 	must(db.Exec(`ALTER TABLE products RENAME TO stored`))
 	must(db.Exec(`CREATE VIEW products AS SELECT id, name || CASE nextval('asked') WHEN 0 THEN '' ELSE '' END AS name, description, price, stock, category, created_at, updated_at FROM stored`))
 	var arrived atomic.Int64
-	s.serveThrough(func(*http.Request) { arrived.Add(1) })
-	all := func(status int, path string, sources ...source) (wait func()) {
-		return concurrently(1000, func(int) {
+	var gate sync.RWMutex // to read a thousand requests can be so much work that Redis is heard too late meanwhile
+	s.serveThrough(func(*http.Request) {
+		arrived.Add(1)
+		gate.RLock()
+		defer gate.RUnlock()
+		arrived.Add(1)
+	})
+	herd := func(status int, path string, sources ...source) {
+		t.Helper()
+		must(db.Exec(`SELECT setval('asked', 1)`))
+		arrived.Store(0)
+		gate.Lock()
+		wait := concurrently(1000, func(int) {
 			if a, err := s.trySend("GET", path, ""); err != nil || a.status != status || !slices.Contains(sources, a.source()) {
 				t.Errorf("%d %q %s %v", a.status, a.source(), a.body, err)
 			}
 		})
-	}
-	all(200, "/", "")() // opens the connections beforehand: a statement waits for a lock for 2 s only
-	herd := func(status int, path string, sources ...source) {
-		t.Helper()
-		arrived.Store(0)
-		must(db.Exec(`SELECT setval('asked', 1)`))
+		eventually(t, "all requests are at the gate, and the cache is trusted or not", func() bool {
+			return arrived.Load() == 1000 && s.cache.trusted() != slices.Contains(sources, bypass)
+		})
 		tx := lock(db, `LOCK TABLE stored`)
-		wait := all(status, path, sources...)
-		eventually(t, "all requests have arrived", func() bool { return arrived.Load() == 1000 })
+		gate.Unlock()
+		eventually(t, "all requests have gone on", func() bool { return arrived.Load() == 2000 })
 		check(tx.Commit())
 		wait()
 		if n := ask[int](db, `SELECT last_value - 1 FROM asked`); n > 2 || status == 200 && n < 1 {
@@ -544,6 +557,5 @@ func TestHerd(t *testing.T) {
 	herd(200, path, miss, hit)
 	herd(404, "/products/7", miss)
 	redis.lead("")
-	eventually(t, "the cache is not trusted", func() bool { return !s.cache.trusted() })
 	herd(200, "/products", bypass)
 }

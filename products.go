@@ -429,6 +429,9 @@ func (f fields) check(creating bool) error {
 // errTooLate says that a statement was not sent because it was too late for it.
 var errTooLate = errors.New("too late to send the statement")
 
+// errNotConnected says that there is no connection to PostgreSQL, for whatever reason: lib/pq hides some.
+var errNotConnected = errors.New("could not connect to PostgreSQL")
+
 // sendBefore is the key under which a context says until when a statement may be sent. Unlike a context's own deadline
 // it does not end a statement that has been sent.
 type sendBefore struct{}
@@ -440,7 +443,7 @@ type preparer struct{ driver.Connector }
 func (p preparer) Connect(ctx context.Context) (driver.Conn, error) {
 	conn, err := p.Connector.Connect(ctx)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errNotConnected, err)
 	}
 	return &preparingConn{conn.(pqConn), map[string]driver.Stmt{}}, nil
 }
@@ -485,14 +488,14 @@ func (c *preparingConn) QueryContext(ctx context.Context, query string, args []d
 // unavailable reports whether the error of a statement means that PostgreSQL cannot be used now, rather than that the
 // statement is wrong.
 func unavailable(err error) bool {
-	if e := pq.As(err); e != nil {
-		// Connection exceptions, no such database or role, out of resources, and an operator's intervention, which
-		// covers shutting down, starting up and a statement that took too long; and the schema not applied yet.
-		return slices.Contains([]string{"08", "28", "3D", "53", "57"}, string(e.Code.Class())) || e.Code == "42P01"
+	if e := pq.As(err); e != nil && !errors.Is(err, errNotConnected) {
+		// Connection exceptions, out of resources, and an operator's intervention, which covers shutting down, starting
+		// up and a statement that took too long; and the schema not applied yet.
+		return slices.Contains([]string{"08", "53", "57"}, string(e.Code.Class())) || e.Code == "42P01"
 	}
 	_, network := errors.AsType[net.Error](err)
-	return network || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, errTooLate) || errors.Is(err, driver.ErrBadConn) ||
-		errors.Is(err, sql.ErrConnDone) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+	return network || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, errTooLate) || errors.Is(err, errNotConnected) ||
+		errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // outcomeUnknown reports whether a statement that ended with err may have been committed, or may yet be: when
