@@ -41,10 +41,6 @@ func TestMain(m *testing.M) {
 	}
 	slog.SetDefault(slog.New(slog.DiscardHandler))
 	flag.Parse()
-	// Most tests wait most of the time, so more of them run at the same time than there are processors.
-	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
-		_ = parallel.Value.Set("12")
-	}
 	guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	must(guard.StdinPipe())
 	check(guard.Start())

@@ -131,8 +131,10 @@ need 'gcc clang=gcc libc6-dev' # for the race detector
 need shellcheck 2>/dev/null || say 'shellcheck is not installed: the scripts are not checked'
 
 private_servers -c fsync=off
+# Most tests wait most of the time, so more of them run at the same time than there are processors; but not so many that
+# servers answer too late.
 if [[ -n ${RUN:-} ]]; then
-  go test -v -count=1 -run "$RUN" .
+  go test -v -count=1 -parallel 6 -run "$RUN" .
   exit
 fi
 
@@ -141,7 +143,7 @@ step 'gofmt' formatted
 step 'go vet' go vet ./...
 if have shellcheck; then step 'shellcheck' shellcheck -x scripts/*.sh .ci/run; fi
 step 'the blocks of README.md and LEIAME.md' blocks_are_sound
-step 'go test -race' go test -race -v -count=1 -timeout 80m ./...
+step 'go test -race' go test -race -v -count=1 -parallel 6 -timeout 80m ./...
 results # before the next steps: some tests measure times
 step 'end to end, without Docker' end_to_end local
 reason=$(why_not_docker)
