@@ -146,6 +146,7 @@ step 'the blocks of README.md and LEIAME.md' blocks_are_sound
 step 'go test -race' go test -race -v -count=1 -parallel 6 -timeout 80m ./...
 results # before the next steps: some tests measure times
 step 'end to end, without Docker' end_to_end local
+without_docker=$!
 reason=$(why_not_docker)
 if [[ -n $reason ]]; then
   say "with Docker: left out, $reason"
@@ -157,6 +158,7 @@ else
     say 'demo_swarm.sh: left out, since the engine is in a swarm, or stacks of Compose run there'
   fi
   step 'end to end, with Docker' beside_swarm end_to_end docker
+  wait_for 600 gone "$without_docker" || true # all of it at the same time is too much for two slow processors
   step 'demo_orchestration.sh' beside_swarm ./scripts/demo_orchestration.sh
 fi
 results

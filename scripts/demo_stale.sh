@@ -56,11 +56,17 @@ side_by_side() {
   claim 'and keeps it for about five minutes' test "$seconds" -gt 200
 }
 
-# keys WHAT ANSWER: what Redis has under the service's own keys: the marks of the writers at work; and a body, a
-# reader's lease or nothing. It claims that the last step's answer and these two are as given: "answer; marks; held."
-# The marks are read first: where a mark is seen, the key was emptied before.
+# look: what Redis has under the service's own keys, at the same moment: the mark of a writer at work, or nothing; and a
+# body, a reader's lease or nothing.
+look() {
+  IFS='|' read -r marks held < <(redis_cli EVAL "return (redis.call('ZRANGE', KEYS[1], 0, -1)[1] or '') .. '|' ..
+    (redis.call('GET', KEYS[2]) or '')" 2 "writers:products:$id" "products:$id")
+}
+
+# keys WHAT ANSWER [before]: shows what Redis has there now, or had at the last look before. It claims that the last
+# step's answer and these two are as given: "answer; mark; held."
 keys() {
-  marks=$(redis_cli ZRANGE "writers:products:$id" 0 -1) held=$(redis_cli GET "products:$id")
+  [[ -n ${3:-} ]] || look
   say "    | ZRANGE writers:products:$id 0 -1  ->  ${marks:-(nobody)}"
   say "    | GET products:$id  ->  $(printf '%.64s' "${held:-(nothing)}")"
   claim "$1" has "$answer; $marks; $held." "$2"
@@ -96,7 +102,7 @@ fill_by_hand() { # as the script in cache.go: under the reader's own lease, and 
     2 "products:$id" "writers:products:$id" lease:hand "$1")
   step $reader "fill products:$id if it holds lease:hand and nobody writes  ->  $answer"
 }
-is_marked() { [[ -n $(redis_cli ZRANGE "writers:products:$id" 0 -1) ]]; }
+is_marked() { look && [[ -n $marks ]]; }
 part '3. The service, and the slow reader' \
   'A reader takes a lease on the empty key, and may fill it only if the lease is still there. A writer' \
   'leaves its mark and deletes the key, lease and all, before it changes PostgreSQL and again after it.' \
@@ -111,8 +117,8 @@ sql "SET application_name = '$holder'; BEGIN; SELECT FROM products WHERE id = $i
 claim 'the row is held' wait_for 10 row_is_held
 exec 3< <(api PUT "/products/$id" '{"price":4.00}')
 claim 'the writer is at work: it has left its mark' wait_for 5 is_marked
-keys 'and the lease is gone' '; .'
-let_go
+let_go # at once: PostgreSQL lets a statement of the service wait for 2 s at most
+keys 'and the lease is gone' '; .' before
 read -r answer <&3
 step $writer "->  $answer"
 keys 'when the writer is answered, its mark is gone' '200  4.00; ; .'

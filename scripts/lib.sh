@@ -158,8 +158,7 @@ apt_install() (
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq || true # one source that does not answer may not be the one that is needed
   # shellcheck disable=SC2086 # a list of names
-  output=$(apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 2>&1) ||
-    { tail -n 20 <<<"$output" >&2; die "apt-get could not install:$1"; }
+  quietly apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 || die "apt-get could not install:$1"
   if has "$1" redis-server && have systemctl; then systemctl disable redis-server >/dev/null 2>&1 || true; fi
 )
 
@@ -238,9 +237,7 @@ stop_redis() { end_process "$1/redis.pid" '-server 127.0.0.1:' 30; }
 
 # local_redis COMMAND...: what redis-cli prints for it.
 local_redis() {
-  local server
-  server=$(redis_server)
-  ${REDIS_PASSWORD:+env "REDISCLI_AUTH=$REDIS_PASSWORD"} "${server%-server}-cli" -h 127.0.0.1 -p "$REDIS_PORT" "$@"
+  ${REDIS_PASSWORD:+env "REDISCLI_AUTH=$REDIS_PASSWORD"} "$(redis_server | sed 's/server$/cli/')" -h 127.0.0.1 -p "$REDIS_PORT" "$@"
 }
 
 # private_servers [ARGUMENT...]: a PostgreSQL, with these arguments, and a Redis of a test's own, in a new folder TEST_DIR

@@ -5,10 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 left_out='path=/health status=200'
-if is "${1:-}" --all; then
-  left_out='no line has this'
-  shift
-fi
+if is "${1:-}" --all; then shift && left_out='no line has this'; fi
 [[ ${1:-} =~ ^(|web|postgres|redis)$ && $# -le 1 ]] || die 'usage: ./scripts/logs.sh [--all] [web|postgres|redis]'
 
 mode=$(running_mode) || die 'the stack is not running: start it with ./scripts/start.sh'

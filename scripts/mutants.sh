@@ -15,9 +15,8 @@ printf '%-22s %-34s %-9s %s\n' 'rule taken out' 'test' 'noticed' 'seconds'
 
 # mutant NAME TEST PERL: PERL must change one of the service's files.
 mutant() {
-  local began=$SECONDS noticed=yes tree=$TEST_DIR/tree output=$TEST_DIR/$1.log
+  local began=$SECONDS noticed=yes tree=$TEST_DIR/$1 output=$TEST_DIR/$1.log
   if [[ $wanted != '  ' && $wanted != *" $1 "* ]]; then return; fi
-  rm -rf "$tree"
   mkdir "$tree"
   cp -R ./*.go go.mod go.sum schema.sql scripts "$tree"
   perl -0pi -e "$3" "$tree"/{main,products,cache,health}.go
