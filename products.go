@@ -429,7 +429,8 @@ func (f fields) check(creating bool) error {
 // errTooLate says that a statement was not sent because it was too late for it.
 var errTooLate = errors.New("too late to send the statement")
 
-// errNotConnected says that there is no connection to PostgreSQL, for whatever reason: lib/pq hides some.
+// errNotConnected says that there is no connection to PostgreSQL. The reason is only text in it: lib/pq hides the kind of
+// some, and they all mean the same here.
 var errNotConnected = errors.New("could not connect to PostgreSQL")
 
 // sendBefore is the key under which a context says until when a statement may be sent. Unlike a context's own deadline
@@ -443,7 +444,7 @@ type preparer struct{ driver.Connector }
 func (p preparer) Connect(ctx context.Context) (driver.Conn, error) {
 	conn, err := p.Connector.Connect(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errNotConnected, err)
+		return nil, fmt.Errorf("%w: %v", errNotConnected, err)
 	}
 	return &preparingConn{conn.(pqConn), map[string]driver.Stmt{}}, nil
 }
@@ -488,7 +489,7 @@ func (c *preparingConn) QueryContext(ctx context.Context, query string, args []d
 // unavailable reports whether the error of a statement means that PostgreSQL cannot be used now, rather than that the
 // statement is wrong.
 func unavailable(err error) bool {
-	if e := pq.As(err); e != nil && !errors.Is(err, errNotConnected) {
+	if e := pq.As(err); e != nil {
 		// Connection exceptions, out of resources, and an operator's intervention, which covers shutting down, starting
 		// up and a statement that took too long; and the schema not applied yet.
 		return slices.Contains([]string{"08", "53", "57"}, string(e.Code.Class())) || e.Code == "42P01"
