@@ -25,8 +25,7 @@ step() {
   names+=("$1")
   start_job timed "${@:2}" </dev/null >"$log" 2>&1
 }
-timed() { time "$@"; } # which writes it into the log's last line
-TIMEFORMAT='%0R s'
+timed() { TIMEFORMAT='%0R s' && time "$@"; } # which writes it into the log's last line
 
 # results: waits for the steps that were started, and shows what one has printed when it failed.
 results() {
@@ -120,6 +119,10 @@ end_to_end() {
 
 holds_8_products() { (attach && request GET /products && claim 'the catalogue holds 8 products' is "$(field count)" 8 && verdict); }
 
+# run_tests ARGUMENT...: most tests wait most of the time, so more of them run at the same time than there are processors;
+# but not so many that servers answer too late.
+run_tests() { go test -v -count=1 -parallel 6 "$@"; }
+
 # beside_swarm COMMAND...: runs it while demo_swarm.sh, also that of another check, may not leave its swarm.
 beside_swarm() { lock_engine --shared && "$@"; }
 in_swarm() { is "$(swarm_state)" active; }
@@ -131,10 +134,8 @@ need 'gcc clang=gcc libc6-dev' # for the race detector
 need shellcheck 2>/dev/null || say 'shellcheck is not installed: the scripts are not checked'
 
 private_servers -c fsync=off
-# Most tests wait most of the time, so more of them run at the same time than there are processors; but not so many that
-# servers answer too late.
 if [[ -n ${RUN:-} ]]; then
-  go test -v -count=1 -parallel 6 -run "$RUN" .
+  run_tests -run "$RUN" .
   exit
 fi
 
@@ -143,11 +144,10 @@ step 'gofmt' formatted
 step 'go vet' go vet ./...
 if have shellcheck; then step 'shellcheck' shellcheck -x scripts/*.sh .ci/run; fi
 step 'the blocks of README.md and LEIAME.md' blocks_are_sound
-step 'go test -race' go test -race -v -count=1 -parallel 6 -timeout 80m ./...
+step 'go test -race' run_tests -race -timeout 80m ./...
 results # before the next steps: some tests measure times
 step 'end to end, without Docker' end_to_end local
-without_docker=$!
-reason=$(why_not_docker)
+without_docker=$! reason=$(why_not_docker)
 if [[ -n $reason ]]; then
   say "with Docker: left out, $reason"
 else

@@ -420,10 +420,13 @@ what_it_logged() { grep -v path=/health | tail -n 20 | sed 's/^/    | /' || true
 show_unhealthy() {
   show_stack
   docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}' |
-    sed '/(healthy)/d; s/ .*//' | xargs docker compose logs --tail 200 2>&1 | what_it_logged
+    sed '/(healthy)/d; s/ .*//' | while read -r service; do
+    docker compose logs --tail 200 "$service" 2>&1 | what_it_logged
+  done
 }
 
-# cache_in_use: the service is connected to Redis a moment before it has made sure that it can trust it.
+# cache_in_use: the service is connected to Redis a moment before it has made sure that it can trust it. need_cache waits
+# for that, and ends the script if it does not come: then there is nothing to show.
 cache_in_use() { request GET /stats >/dev/null && has "$body" '"trusted":true'; }
 need_cache() { wait_for 20 cache_in_use || die 'the service does not use its cache: ./scripts/logs.sh web says why'; }
 

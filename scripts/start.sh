@@ -78,7 +78,7 @@ start_local() {
     REDIS_HOST=127.0.0.1 REDIS_PORT=${REDIS_PORT:-$(free_port)} REDIS_PASSWORD=${REDIS_PASSWORD:-}
   mkdir -p "$state"
   touch "$marker"
-  # The other scripts read this file. It holds passwords.
+  # The other scripts source this file. It holds passwords. "set" prints variables quoted as "source" needs them.
   (umask 077 && set | grep -aE '^(BIND_ADDRESS|WEB_PORT|POSTGRES_(PORT|DB|USER|PASSWORD)|REDIS_(PORT|PASSWORD))=' >"$state/env")
 
   start_postgres "$state" || die "PostgreSQL did not start: see $state/postgres.log"
