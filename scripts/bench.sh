@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures how fast the service is, beside a bare handler that writes the same bytes from memory: bench_test.go does
 # the work and explains it. It has a PostgreSQL and a Redis of its own on 127.0.0.1, touches nothing that runs already,
-# and leaves nothing behind. It takes about six minutes.
+# and leaves nothing behind. It takes 6 to 15 minutes.
 #
 #   ./scripts/bench.sh                           the whole
 #   ROUNDS=1 GROWTH= ./scripts/bench.sh          one round instead of three, and no large catalogues
