@@ -9,8 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,59 +19,59 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
-// A Cache keeps the bodies of responses in Redis, and it never lies: with it, the API gives no answer that it could
-// not have given without it.
+// A cache keeps the bodies of responses in Redis, and it never lies: with it, the API gives no answer that it could
+// not have given without it. Handlers call Get and Write; Run must run.
 //
 // The pattern is cache-aside: a reader asks Redis first, on a miss it asks PostgreSQL and fills the key; a writer
-// changes PostgreSQL and deletes the key. By itself this pattern lies, because the two servers know nothing of each
-// other. Four rules make it right. Each is explained where it is in the code:
+// changes PostgreSQL and deletes the key. Without more, this pattern returns stale data, because the two servers know
+// nothing of each other. Four rules make it right. Each is explained where it is in the code:
 //
-//  1. A reader takes a lease, a writer announces itself; a fill needs the lease, and no writer at work (fillScript).
-//  2. The database tells what others changed (hear).
+//  1. A reader takes a lease, a writer announces itself; a fill needs the lease and no writer at work (fillScript).
+//  2. The database tells what the API did not do, and the service verifies that it does (verifyDatabase).
 //  3. In doubt, drop everything, and let a new Redis settle (distrust, restore).
 //  4. Share only what starts after you (Get).
 //
-// The first two are ideas of "Scaling Memcache at Facebook" (NSDI 2013). Handlers call Get and Write; Run must run.
-type Cache struct {
-	cfg      config
-	db       *sql.DB
-	listener *pq.Listener // receives the notifications of rule 2
-	pool     *redis.Pool
-	commands chan *command // waiting to be sent to Redis
-	sending  chan struct{} // holds something while somebody sends them
+// The first two are ideas of "Scaling Memcache at Facebook" (NSDI 2013).
+type cache struct {
+	cacheConfig
+	trust   *trust
+	redis   *redisClient
+	lookups lookups
 
-	// The cache is trusted while trustedAt equals doubts. Every doubt adds one to doubts, so that a doubt which comes
-	// up while trust is being won back is never lost.
-	doubts, trustedAt atomic.Uint64
-	reachable         atomic.Bool // Redis answered when it was last asked
-	listening         atomic.Bool // the first LISTEN was acknowledged; pq.Listener repeats it after a reconnect
+	verifiedEpoch atomic.Uint64 // the epoch in which PostgreSQL was last found to be as rule 2 needs it
+	heard         chan string   // the service's own notifications
+	ownChannel    string        // on which they are sent
 
-	// Only whoever has the one connection to Redis uses these two.
-	refusal error  // of a command in its last batch
-	runID   string // of the process that it leads to
+	requests map[source]*atomic.Int64 // answers since this process started
+}
 
-	settled atomic.Int64 // when that process has settled, in nanoseconds after created
-	created time.Time    // when this cache was made; time.Since does not mind when somebody sets the clock
-
-	mu      sync.Mutex         // guards lookups
-	lookups map[string]*lookup // by key: the one that waits for its turn or, if none does, the one that runs
-
-	requests map[source]*atomic.Int64 // how many were answered, since this process started
+// A cacheConfig is what a cache needs.
+type cacheConfig struct {
+	db            *sql.DB // the pool of the requests
+	heartbeatDB   *sql.DB // one connection, made as the pool's are: an exhausted pool is no reason for doubt
+	newListener   func(pq.EventCallbackType) *pq.Listener
+	schema        string // applied where the trigger is missing
+	redisAddress  string
+	redisPassword string
+	ttl           time.Duration
 }
 
 // The times of the protocol.
 const (
-	heartbeat        = 200 * time.Millisecond // how often each server is asked whether it is there
+	heartbeat        = 200 * time.Millisecond // how often each server is checked
+	heartbeatTimeout = time.Second            // for PostgreSQL's answer to a check
 	redisTimeout     = 700 * time.Millisecond // for a round trip to Redis, with the connecting that it may need
 	statementTimeout = 2 * time.Second        // PostgreSQL ends a statement after this
-	lookupTimeout    = 5 * time.Second        // for whoever waits for a lookup
-	leaseLife        = lookupTimeout          // a lease is of no use to a lookup that nobody waits for
+	lookupTimeout    = 5 * time.Second        // for a lookup, and for each caller that waits for one
+	leaseLife        = lookupTimeout          // a lease is of no use to a lookup that has ended
 	sendTimeout      = 1500 * time.Millisecond
 	markLife         = 12 * time.Second
 	noticeTime       = redisTimeout + 2*heartbeat
 	settleTime       = 5 * time.Second
+	applyInterval    = 2 * time.Second // between two tries to apply the schema
 )
 
 // The times lean on one another. Each line compiles only when what it converts is not negative:
@@ -82,21 +82,21 @@ const (
 const _ = uint64(markLife - (sendTimeout + statementTimeout + leaseLife + time.Second))
 
 // A Redis that has just started lacks the marks of the writers that announced themselves to the one before it. It is
-// left alone until the last of them must have committed: noticeTime passes until every replica knows of the new
-// Redis, and then the time from an announcement to the end of its statement.
+// not used until the last of them must have committed: noticeTime passes until every replica knows of the new Redis,
+// and then the time from an announcement to the end of its statement.
 const _ = uint64(settleTime - (noticeTime + sendTimeout + statementTimeout))
 
-// A writer that waits for a silent Redis must still be allowed to send its statement afterwards.
+// A writer that waits for an unresponsive Redis must still be allowed to send its statement afterwards.
 const _ = uint64(sendTimeout - 2*redisTimeout)
 
 const (
-	keyAll    = "products:all"
-	keyPrefix = "products:"
-	lease     = "lease:" // how a lease begins; a body begins with a brace
+	keyAll      = "products:all"
+	keyPrefix   = "products:"
+	leasePrefix = "lease:" // a body begins with a brace
 )
 
-// marks names the sorted set of the writers that are at work on a key.
-func marks(key string) string { return "writers:" + key }
+// writersKey names the sorted set of the writers that are at work on a key.
+func writersKey(key string) string { return "writers:" + key }
 
 // A source says where a body came from, as the header Cache-Status does (RFC 9211).
 type source string
@@ -107,156 +107,184 @@ const (
 	bypass source = "redis; fwd=bypass" // Redis was not asked, or its answer not used
 )
 
-// newCache returns a cache that has not connected to anything yet. The listener has a connection of its own, for which it
-// needs dsn.
-func newCache(cfg config, db *sql.DB, dsn string) *Cache {
-	c := &Cache{
-		cfg: cfg, db: db, commands: make(chan *command, 1000), sending: make(chan struct{}, 1), created: time.Now(), lookups: map[string]*lookup{},
-		requests: map[source]*atomic.Int64{hit: {}, miss: {}, bypass: {}},
+// newCache returns a cache that has not connected to anything yet.
+func newCache(cfg cacheConfig) *cache {
+	t := &trust{}
+	t.epoch.Store(1) // no epoch is trusted yet
+	return &cache{
+		cacheConfig: cfg,
+		trust:       t,
+		redis:       newRedisClient(cfg.redisAddress, cfg.redisPassword, t),
+		lookups:     lookups{last: map[string]*lookup{}},
+		heard:       make(chan string, 10),
+		ownChannel:  "heartbeat_" + rand.Text(),
+		requests:    map[source]*atomic.Int64{hit: {}, miss: {}, bypass: {}},
 	}
-	c.doubts.Store(1)
-	c.reachable.Store(true) // until it is found not to be: even the first writer must announce itself
-	// One connection: the commands of all requests travel together, and a new connection is the only way to a new Redis.
-	// When Redis has refused a command there is a new one, too: somebody may have flushed the scripts, which connect loads.
-	c.pool = &redis.Pool{
-		DialContext: c.connect, MaxActive: 1, MaxIdle: 1, Wait: true,
-		TestOnBorrow: func(redis.Conn, time.Time) error { return c.refusal },
-	}
-	c.listener = pq.NewDialListener(dialer{2 * time.Second}, dsn, heartbeat, heartbeat, func(event pq.ListenerEventType, err error) {
-		if event == pq.ListenerEventDisconnected {
-			c.distrust(fmt.Errorf("the listener lost PostgreSQL: %w", err))
-			db.SetMaxIdleConns(0) // the idle connections of the pool are most likely lost, too
-			db.SetMaxIdleConns(poolSize())
-		}
-	})
-	return c
 }
 
 // ---------------------------------------------------------------- reading
 
-// A lookup is one question for one key. The requests that arrived before it began share it.
+// A lookup is one question for one key. The requests that arrived before it started share its result, which is there
+// when done is closed.
 type lookup struct {
-	load  func(context.Context) ([]byte, error)
-	begun bool // guarded by the cache's mu
-
-	// The context ends when what follows is there, which finish says, or else after lookupTimeout.
-	ctx    context.Context
-	finish context.CancelFunc
-	body   []byte
-	source source
-	err    error
+	fillFrom func(context.Context) ([]byte, error)
+	started  bool   // guarded by the mutex of lookups
+	previous []byte // the body of the lookup before
+	done     chan struct{}
+	body     []byte
+	source   source
+	err      error
 }
 
-// Get returns the body for key, from Redis or else from load, which must query PostgreSQL, and where it came from. The
-// body is never older than this call, nor than any body that was returned before it. It is shared: do not change it.
-// The error is load's or the context's, or context.DeadlineExceeded after lookupTimeout.
-//
-// Rule 4: share only what starts after you. A thousand requests for one key shall not cost a thousand queries. But
-// to join a query that is running already, as the package singleflight does, would be a lie:
-//
-//	reader A asks PostgreSQL and is given 1.00, and its answer is on its way
-//	a writer sets the price to 2.00, and its client is told so
-//	that client reads, joins reader A's query, and is told 1.00
-//
-// So one lookup of a key runs and one waits for its turn. Whoever comes joins the one that waits. A lookup belongs to
-// nobody: it goes on when the request that began it has gone away.
-func (c *Cache) Get(ctx context.Context, key string, load func(context.Context) ([]byte, error)) ([]byte, source, error) {
-	c.mu.Lock()
-	mine := c.lookups[key]
-	idle := mine == nil
-	if idle || mine.begun {
-		mine = &lookup{load: load, begun: idle}
-		mine.ctx, mine.finish = context.WithTimeout(context.Background(), lookupTimeout)
-		c.lookups[key] = mine
+// finish hands the result to the callers. A body that equals the one of the lookup before is that one: callers that
+// receive the same bytes then share one copy, however many lookups they came from.
+func (l *lookup) finish(body []byte, from source, err error) {
+	if bytes.Equal(body, l.previous) {
+		body = l.previous
 	}
-	c.mu.Unlock()
-	if idle {
-		c.look(key, mine) // here and not in a goroutine of its own, which a hit is not worth
+	l.body, l.source, l.err = body, from, err
+	close(l.done)
+}
+
+// lookups lets requests share lookups. Of each key at most one lookup runs and one waits, and a request joins only a
+// lookup that starts after the request arrived.
+type lookups struct {
+	mu   sync.Mutex
+	last map[string]*lookup // by key: the one that waits or, if none does, the one that runs
+}
+
+// join returns the lookup to wait for, and whether the caller must start it.
+func (ls *lookups) join(key string, fillFrom func(context.Context) ([]byte, error)) (l *lookup, start bool) {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	l = ls.last[key]
+	idle := l == nil
+	if idle || l.started {
+		l = &lookup{fillFrom: fillFrom, started: idle, done: make(chan struct{})}
+		ls.last[key] = l
 	}
+	return l, idle
+}
+
+// next ends a lookup's turn and returns the one that waits behind it, or nil.
+func (ls *lookups) next(key string, l *lookup) *lookup {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	next := ls.last[key]
+	if next == l {
+		delete(ls.last, key)
+		return nil
+	}
+	next.started, next.previous = true, l.body
+	return next
+}
+
+// Get returns the body for key, from Redis or else from fillFrom, which must query PostgreSQL, and where it came from.
+// The body is never older than this call, nor than any body that was returned before it. It is shared: do not change
+// it. The error is fillFrom's or the context's, or context.DeadlineExceeded after lookupTimeout.
+func (c *cache) Get(ctx context.Context, key string, fillFrom func(context.Context) ([]byte, error)) ([]byte, source, error) {
+	// Rule 4: share only what starts after you. A thousand requests for one key must not cost a thousand queries. But
+	// to join a query that is running already, as the package singleflight does, would return stale data:
+	//
+	//	reader A asks PostgreSQL and gets 1.00, and its answer is on its way
+	//	a writer sets the price to 2.00, and its client gets the confirmation
+	//	that client reads, joins reader A's query, and gets 1.00
+	//
+	// So one lookup of a key runs, one waits for its turn, and new requests join the one that waits. A lookup outlives
+	// the request that started it.
+	l, start := c.lookups.join(key, fillFrom)
+	if start {
+		c.lookUp(key, l) // here and not in a goroutine of its own, which a hit is not worth
+	}
+	timeout := time.NewTimer(lookupTimeout)
+	defer timeout.Stop()
 	select {
-	case <-mine.ctx.Done():
+	case <-l.done:
+		c.requests[l.source].Add(1)
+		return l.body, l.source, l.err
 	case <-ctx.Done():
+		return nil, bypass, ctx.Err()
+	case <-timeout.C:
+		return nil, bypass, context.DeadlineExceeded
 	}
-	if mine.ctx.Err() != context.Canceled { // finish cancels it
-		return nil, bypass, cmp.Or(ctx.Err(), mine.ctx.Err())
-	}
-	c.requests[mine.source].Add(1)
-	return mine.body, mine.source, mine.err
 }
 
-// look does a lookup. Redis is asked first, with one command that returns what the key holds or, when it holds nothing,
-// takes the lease on it. What Redis does not know is loaded in a goroutine of its own.
-func (c *Cache) look(key string, l *lookup) {
-	doubts := c.doubts.Load()
-	if c.trustedAt.Load() != doubts {
-		go c.load(key, l, bypass, "")
+// lookUp runs a lookup. It asks Redis first, with one command that returns what the key holds or, when it holds
+// nothing, takes the lease on it. What Redis does not have is loaded in a goroutine of its own.
+func (c *cache) lookUp(key string, l *lookup) {
+	epoch := c.trust.epoch.Load()
+	if !c.trust.trustedIn(epoch) {
+		go c.fillFromDatabase(key, l, bypass, "")
 		return
 	}
-	token := lease + rand.Text()
-	reply, err := c.do("SET", key, token, "NX", "GET", "EX", int(leaseLife.Seconds()))
+	token := leasePrefix + rand.Text()
+	reply, err := c.redis.do("SET", key, token, "NX", "GET", "EX", int(leaseLife.Seconds()))
 	held, _ := reply.([]byte)
 	switch {
-	case err != nil || c.doubts.Load() != doubts: // a Redis that came back with an old snapshot may have answered
-		go c.load(key, l, bypass, "")
+	case err != nil || c.trust.epoch.Load() != epoch: // a Redis that came back with an old snapshot may have answered
+		go c.fillFromDatabase(key, l, bypass, "")
 	case held == nil:
-		go c.load(key, l, miss, token)
-	case bytes.HasPrefix(held, []byte(lease)): // somebody else's, who will fill the key
-		go c.load(key, l, miss, "")
+		go c.fillFromDatabase(key, l, miss, token)
+	case bytes.HasPrefix(held, []byte(leasePrefix)): // another reader's, which will fill the key
+		go c.fillFromDatabase(key, l, miss, "")
 	default:
-		l.body, l.source = held, hit
-		l.finish()
+		l.finish(held, hit, nil)
 		c.startNext(key, l)
 	}
 }
 
-// load does the second half of a lookup: it queries PostgreSQL, answers those who wait, and then fills the key if this
-// lookup has the lease. They do not wait for the fill, so a Redis that falls silent just now holds up nobody. An error
-// is not cached: then the lease is given back.
-func (c *Cache) load(key string, l *lookup, from source, token string) {
-	l.source = from
-	l.body, l.err = l.load(l.ctx)
-	if l.err != nil {
-		l.body = nil
-	}
-	l.finish()
-	if token != "" { // an error of Redis ends trust, and that is all there is to do about it
-		_, _ = c.do("EVALSHA", fillScript.Hash(), 2, key, marks(key), token, l.body, int(c.cfg.cacheTTL.Seconds()))
+// fillFromDatabase is the second half of a lookup: it queries PostgreSQL, answers the callers, and then fills the key
+// if this lookup has the lease. An error is not cached: then it gives the lease back.
+func (c *cache) fillFromDatabase(key string, l *lookup, from source, token string) {
+	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
+	defer cancel()
+	body, err := recovered(ctx, l.fillFrom)
+	l.finish(body, from, err) // before the fill: an unresponsive Redis holds up nobody
+	if token != "" {          // an error of Redis ends trust, and that is all there is to do about it
+		_, _ = c.redis.do("EVAL", fillScript, 2, key, writersKey(key), token, l.body, int(c.ttl.Seconds()))
 	}
 	c.startNext(key, l)
 }
 
-// startNext begins the lookup that waits behind l, if there is one.
-func (c *Cache) startNext(key string, l *lookup) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if next := c.lookups[key]; next == l {
-		delete(c.lookups, key)
-	} else {
-		next.begun = true
-		go c.look(key, next)
+// recovered calls f and turns a panic into an error, as net/http does for a handler: it must not end the process.
+func recovered(ctx context.Context, f func(context.Context) ([]byte, error)) (body []byte, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			body, err = nil, fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	if body, err = f(ctx); err != nil {
+		return nil, err
+	}
+	return body, nil
+}
+
+// startNext starts the lookup that waits behind l, if there is one.
+func (c *cache) startNext(key string, l *lookup) {
+	if next := c.lookups.next(key, l); next != nil {
+		go c.lookUp(key, next)
 	}
 }
 
-// fillScript is the first half of rule 1: a fill needs the lease. Cache-aside without it lies for a whole TTL:
+// fillScript is the first half of rule 1: a fill needs the lease. Cache-aside without it is stale for a whole TTL:
 //
-//	reader:  finds no body, asks PostgreSQL, and is given the price 1.00
+//	reader:  finds no body, asks PostgreSQL, and gets the price 1.00
 //	writer:  sets the price to 2.00, deletes the key, and answers its client
 //	reader:  fills the key with 1.00
 //
-// Here the reader has left its token in the key. The writer's deletion takes the token away, and the fill finds that
-// the key does not hold it any more. A lease expires, so a reader that dies does not keep the key empty for ever.
+// Here the reader has left its token in the key. The writer's deletion takes the token with it, and the fill finds
+// another value. A lease expires, so a reader that dies does not keep the key empty for ever.
 //
 // The second half is that no writer may be at work, since the reader may also have come between the writer's deletion
-// and its commit: then it has a new lease, and an old row. An empty body gives the lease back.
-var fillScript = redis.NewScript(2, `
-	local key, marks, token, body, ttl = KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]
+// and its commit: then it has a new lease, and an old row. An empty body gives the lease back, and so does one for
+// which Redis has no memory: that is no error.
+const fillScript = `
+	local key, writers, token, body, ttl = KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]
 	if redis.call('GET', key) ~= token then return end
-	redis.call('ZREMRANGEBYSCORE', marks, '-inf', '(' .. redis.call('TIME')[1])
-	if body ~= '' and redis.call('EXISTS', marks) == 0 then
-		redis.call('SET', key, body, 'EX', ttl)
-	else
+	redis.call('ZREMRANGEBYSCORE', writers, '-inf', '(' .. redis.call('TIME')[1])
+	if body == '' or redis.call('EXISTS', writers) == 1 or redis.pcall('SET', key, body, 'EX', ttl).err then
 		redis.call('DEL', key)
-	end`)
+	end`
 
 // ---------------------------------------------------------------- writing
 
@@ -264,77 +292,338 @@ var fillScript = redis.NewScript(2, `
 // deletes the keys. The deletion comes before the commit so that nobody goes back in time:
 //
 //	writer:    commits the price 2.00; Redis still holds 1.00
-//	reader A:  misses in another replica, and is given 2.00
-//	reader B:  comes after A, hits, and is given 1.00
+//	reader A:  misses in another replica, and gets 2.00
+//	reader B:  comes after A, hits, and gets 1.00
 //
 // The mark's score is the time at which it expires, on Redis's own clock, for the writer that dies before it removes
 // it. A script is a transaction, like MULTI, which can read that clock. The sets have no TTL: a Redis that makes room by
 // evicting keys with a TTL must not evict marks.
-var announceScript = redis.NewScript(-1, `
+const announceScript = `
 	local expires = redis.call('TIME')[1] + ARGV[2]
 	for i = 1, #KEYS, 2 do
 		redis.call('ZADD', KEYS[i + 1], expires, ARGV[1])
 		redis.call('DEL', KEYS[i])
-	end`)
+	end`
 
 // retractScript is how a writer takes its announcement back after its SQL: it removes its own mark, since other writers
 // may still be at work, and deletes the keys once more. Without that, a reader which took the lease and read the old
 // row before the commit could fill the key now that the mark is gone.
-var retractScript = redis.NewScript(-1, `
+const retractScript = `
 	for i = 1, #KEYS, 2 do
 		redis.call('ZREM', KEYS[i + 1], ARGV[1])
 		redis.call('DEL', KEYS[i])
-	end`)
+	end`
 
-// Write runs change, which must change the rows behind keys in one statement on the connection it is given. Once Write
-// has returned, or anybody has seen the new rows, no reader gets an old body from the cache. A client that goes away
-// does not stop it halfway. The error is change's, or says that PostgreSQL could not be reached, or is errTooLate.
-//
-// This is the other half of rule 1: a writer announces itself, changes the rows, and retracts. From before the commit
-// until after it nothing can be filled, so that every read sees PostgreSQL itself. A writer that dies in between
-// leaves empty keys and marks that expire, but never an old body.
-//
-// Where the announcement fails, the trigger of rule 2 speaks: it does so for every session that does not have the
-// service's application_name. Where the retraction fails, the mark keeps readers from filling until it expires.
-func (c *Cache) Write(ctx context.Context, keys []string, change func(context.Context, *sql.Conn) error) error {
+// The errors of changes. A change's error wraps errUnchanged where certainly nothing was changed, and errRepeat where
+// that is so and it would succeed at once. Write's error wraps errOutcomeUnknown where neither is known.
+var (
+	errUnchanged      = errors.New("nothing was changed")
+	errRepeat         = fmt.Errorf("repeat it: %w", errUnchanged)
+	errOutcomeUnknown = errors.New("outcome unknown")
+	errTooLate        = errors.New("too late to send the statement")
+)
+
+// Write runs change, which must send its statement once, to change the rows behind keys. Once Write has returned, or
+// any client has seen the new rows, no reader gets an old body from the cache. A client that leaves does not stop it
+// halfway. The error is change's, or that of connecting or preparing, or errTooLate.
+func (c *cache) Write(ctx context.Context, keys []string, statement string, change func(context.Context, *sql.Stmt) error) error {
 	// The connection comes first, for a mark must last for the statement and not for the wait before it. It is one
 	// connection and not the pool, which would send a statement again when a connection breaks.
-	waiting, cancel := context.WithTimeout(ctx, queryTimeout)
+	waiting, cancel := context.WithTimeout(ctx, lookupTimeout/2)
 	defer cancel()
 	conn, err := c.db.Conn(waiting)
 	if err != nil {
 		return err
 	}
-	defer conn.Close() // returns it to the pool
-	ctx = context.WithValue(context.WithoutCancel(ctx), sendBefore{}, time.Now().Add(sendTimeout))
-
+	ctx = context.WithoutCancel(ctx)
 	token := rand.Text()
-	announced := c.mark(announceScript, keys, token) == nil
+	announced, err := c.announceAndChange(ctx, conn, keys, token, statement, change)
+	if errors.Is(err, errRepeat) {
+		announced, err = c.announceAndChange(ctx, conn, keys, token, statement, change)
+	}
+	_ = conn.Close() // returns it to the pool; the retraction does not need it
+	// Where the announcement failed, the trigger has spoken. Where the outcome is unknown, the statement may yet commit:
+	// its marks stay until they expire. Where the retraction fails, too, the marks keep readers from filling.
+	if announced && !errors.Is(err, errOutcomeUnknown) {
+		_ = c.runWriterScript(retractScript, keys, token)
+	}
+	return err
+}
+
+// announceAndChange is the other half of rule 1: a writer announces itself, changes the rows, and retracts. From before
+// the commit until after it nothing can be filled, so that every read sees PostgreSQL itself. A writer that dies in
+// between leaves empty keys and marks that expire, but never an old body.
+func (c *cache) announceAndChange(ctx context.Context, conn *sql.Conn, keys []string, token, statement string,
+	change func(context.Context, *sql.Stmt) error) (announced bool, err error) {
+	// Prepared before the announcement: afterwards, time counts.
+	stmt, err := conn.PrepareContext(ctx, statement)
+	if err != nil {
+		return false, err
+	}
+	defer stmt.Close()
+	deadline := time.Now().Add(sendTimeout)
+	announced = c.runWriterScript(announceScript, keys, token) == nil
 	if !announced {
+		// The trigger of rule 2 speaks for every session that does not have the service's application_name.
 		if _, err := conn.ExecContext(ctx, `SET application_name = 'desafio3 without redis'`); err != nil {
-			return err
+			return false, err
 		}
 		// If this fails, the connection's next changes are notified although they need not be.
 		defer func() { _, _ = conn.ExecContext(ctx, `RESET application_name`) }()
 	}
-	err = change(ctx, conn)
-	if announced && !outcomeUnknown(err) {
-		_ = c.mark(retractScript, keys, token)
+	// After a pause here, the mark might expire before the commit.
+	if time.Now().After(deadline) {
+		return announced, errTooLate
 	}
+	err = change(ctx, stmt)
+	if err != nil && !errors.Is(err, errUnchanged) {
+		err = fmt.Errorf("%w: %w", errOutcomeUnknown, err)
+	}
+	return announced, err
+}
+
+// runWriterScript runs announceScript or retractScript for the keys.
+func (c *cache) runWriterScript(script string, keys []string, token string) error {
+	args := []any{script, 2 * len(keys)}
+	for _, key := range keys {
+		args = append(args, key, writersKey(key))
+	}
+	_, err := c.redis.do("EVAL", append(args, token, int(markLife.Seconds()))...)
 	return err
 }
 
-// mark runs announceScript or retractScript for the keys.
-func (c *Cache) mark(script *redis.Script, keys []string, token string) error {
-	args := []any{script.Hash(), 2 * len(keys)}
-	for _, key := range keys {
-		args = append(args, key, marks(key))
+// ---------------------------------------------------------------- trust
+
+// A trust decides whether the cache may be used: only in an epoch that was trusted after all keys were dropped in it.
+// Every doubt begins a new epoch, so a doubt that comes up while trust is being won back is never lost.
+type trust struct{ epoch, trustedEpoch atomic.Uint64 }
+
+func (t *trust) trustedIn(epoch uint64) bool { return t.trustedEpoch.Load() == epoch }
+func (t *trust) trusted() bool               { return t.trustedIn(t.epoch.Load()) }
+
+// distrust ends trust. From now on reads go to PostgreSQL, without trying Redis and waiting for it again, until restore
+// has dropped every key. Writes do not depend on trust: they announce themselves wherever Redis answers.
+func (t *trust) distrust(reason error) {
+	// Rule 3: in doubt, drop everything. After an error of Redis, or when another Redis answers than before, or when
+	// notifications may have been lost, nobody knows which bodies are old:
+	//
+	//	Redis holds the price 1.00, and saves a snapshot to its disk
+	//	a writer sets the price to 2.00 and deletes the key
+	//	Redis is killed, starts again, reads its snapshot, and holds 1.00
+	if epoch := t.epoch.Add(1); t.trustedIn(epoch - 1) {
+		slog.Warn("cache not trusted", "reason", reason)
 	}
-	_, err := c.do("EVALSHA", append(args, token, int(markLife.Seconds()))...)
-	return err
+}
+
+// Run keeps the cache's trust or wins it back, and handles what other sessions change, until the context ends.
+func (c *cache) Run(ctx context.Context) {
+	listener := c.newListener(func(event pq.ListenerEventType, err error) {
+		if event == pq.ListenerEventDisconnected {
+			c.trust.distrust(fmt.Errorf("the listener lost PostgreSQL: %w", err))
+		}
+	})
+	defer listener.Close()
+	defer c.heartbeatDB.Close()
+	go c.handleNotifications(listener)
+	go repeat(ctx, "database not ready", c.databaseVerifier(ctx, listener))
+	repeat(ctx, "cache not in use yet", func() error {
+		// Nothing else asks a Redis that did not answer a moment ago. To connect and to ask have their time each.
+		c.redis.exchange(nil)
+		ping := &command{name: "PING"}
+		c.redis.exchange([]*command{ping})
+		if ping.err != nil || c.trust.trusted() {
+			return ping.err
+		}
+		return c.restore()
+	})
+}
+
+// repeat calls f at every heartbeat until the context ends, and logs an error that is not the one before it.
+func repeat(ctx context.Context, what string, f func() error) {
+	ticker := time.NewTicker(heartbeat)
+	defer ticker.Stop()
+	for last := ""; ctx.Err() == nil; {
+		err := f()
+		if reason := fmt.Sprint(err); err == nil {
+			last = ""
+		} else if reason != last && ctx.Err() == nil {
+			slog.Warn(what, "reason", reason)
+			last = reason
+		}
+		select {
+		case <-ctx.Done():
+		case <-ticker.C:
+		}
+	}
+}
+
+// restore wins trust back, or says why it cannot yet: Redis must answer and must have settled, and PostgreSQL must have
+// been verified since the last doubt; then all keys are dropped. A doubt that comes up meanwhile makes it start over.
+func (c *cache) restore() error {
+	epoch := c.trust.epoch.Load()
+	// Why a new Redis must settle:
+	//
+	//	writer:    announces itself, and its statement is on the way to PostgreSQL
+	//	Redis:     is killed and started again: the mark is gone
+	//	reader:    trusts the new Redis, takes a lease, reads the old row, and fills: no writer is at work
+	//	writer:    commits; until it retracts, some readers get the new row, and others hit the old one
+	//
+	// After settleTime no writer that announced itself to the Redis before can still commit.
+	if !c.redis.settled() {
+		return errors.New("redis has only just started: it has to settle")
+	}
+	if c.verifiedEpoch.Load() != epoch {
+		return errors.New("PostgreSQL is not verified yet")
+	}
+	// A Redis that is full, or only a replica, refuses this already, and not only the first request.
+	if _, err := c.redis.do("SET", keyPrefix+"probe", "", "EX", 1); err != nil {
+		return err
+	}
+	if _, err := c.redis.scan("UNLINK", time.Hour); err != nil { // Redis may hold very many keys of other programs
+		return err
+	}
+	c.trust.trustedEpoch.Store(epoch) // not the current one if a doubt came up meanwhile
+	if c.trust.trusted() {
+		slog.Info("cache trusted")
+	}
+	return nil
+}
+
+// handleNotifications deletes the keys of the rows that other sessions changed. This is rule 2: the database tells what
+// the API did not do. Somebody sets the price to 2.00 with psql, and the trigger in schema.sql notifies.
+func (c *cache) handleNotifications(listener *pq.Listener) {
+	for n := range listener.Notify {
+		switch {
+		case n == nil: // the listener has reconnected: the loss of its connection has ended trust already
+		case n.Channel == c.ownChannel:
+			select {
+			case c.heard <- n.Extra:
+			default: // nobody waits for it any more
+			}
+		case n.Extra == "" || len(listener.Notify) == cap(listener.Notify) || !c.trust.trusted():
+			// When ids come faster than their keys can be deleted, one by one is not worth it: all keys are dropped once
+			// it is calm again. Without trust nothing needs to be deleted: all keys will be.
+			c.trust.distrust(errors.New("other sessions changed everything, or more than can be deleted key by key"))
+		default:
+			_, _ = c.redis.do("UNLINK", keyAll, keyPrefix+n.Extra) // an error has ended trust
+		}
+	}
+}
+
+// selectGuards reads what rule 2 rests on: which triggers tell of changes and whether they speak in every session, in
+// the order of their names, and the time limit of statements. Neither a lock on the table nor its loss disturbs it.
+// oid and xmin identify a trigger and its function: they change when it is made again, or switched off and on.
+const selectGuards = `
+SELECT coalesce(string_agg(concat_ws('.', t.oid, t.xmin, f.oid, f.xmin), ' ' ORDER BY t.tgname), ''),
+       coalesce(string_agg(t.tgenabled::text, '' ORDER BY t.tgname), ''),
+       current_setting('statement_timeout'),
+       pg_notify($1, $2)::text
+FROM pg_trigger AS t
+JOIN pg_proc AS f ON f.oid = t.tgfoid
+WHERE t.tgrelid = to_regclass('products') AND t.tgname IN ('products_changed', 'products_truncated')`
+
+// databaseVerifier returns a function that checks at a heartbeat that PostgreSQL is as rule 2 needs it. Whatever is not
+// ends trust: a dump that was restored, a trigger that was off for a moment, a pooler that drops statement_timeout or
+// keeps notifications from the listener.
+func (c *cache) databaseVerifier(ctx context.Context, listener *pq.Listener) func() error {
+	var identity string         // of the triggers, when they were last seen
+	var applied time.Time       // when the schema was last applied, or tried to be
+	var silent, ordinary bool   // triggers are missing or off; their being ordinary is accepted
+	var missing, heartbeats int // heartbeats in a row without the triggers; all
+	apply := func() error {
+		if time.Since(applied) < applyInterval {
+			return errors.New("the schema is not as it must be")
+		}
+		applied = time.Now()
+		_, err := c.db.ExecContext(ctx, c.schema)
+		if pq.As(err, pqerror.InsufficientPrivilege) != nil && !silent {
+			// The role may not alter the table, but finds the triggers: they speak for all but replication.
+			ordinary = true
+			return nil
+		}
+		return err
+	}
+	verify := func(epoch uint64) error {
+		for _, channel := range []string{"products", c.ownChannel} { // waits for PostgreSQL; repeated after a reconnect
+			if err := listener.Listen(channel); err != nil && !errors.Is(err, pq.ErrChannelAlreadyOpen) {
+				return err
+			}
+		}
+		heartbeats++
+		own := strconv.Itoa(heartbeats)
+		var now, enabled, timeout, void string
+		err := c.heartbeatDB.QueryRowContext(ctx, selectGuards, c.ownChannel, own).Scan(&now, &enabled, &timeout, &void)
+		if err != nil {
+			return err
+		}
+		silent = len(enabled) != 2 || strings.ContainsAny(enabled, "DR")
+		if silent || applied.IsZero() || enabled != "AA" && !ordinary {
+			// A dump that is being restored makes the triggers last. It needs a moment without interference.
+			if missing++; missing < 3 && !applied.IsZero() {
+				return errors.New("the triggers are missing or off")
+			}
+			if err := apply(); err != nil || silent || !ordinary {
+				identity = ""
+				return cmp.Or(err, errors.New("the schema was applied"))
+			}
+		}
+		missing = 0
+		if now != identity {
+			identity = now
+			return errors.New("the triggers are others than before, or were off")
+		}
+		if timeout != statementTimeout.String() {
+			return fmt.Errorf("statement_timeout is %s, not %s: a pooler in transaction mode does not keep it", timeout, statementTimeout)
+		}
+		for deaf := time.After(heartbeatTimeout); ; {
+			select {
+			case heard := <-c.heard:
+				if heard == own {
+					c.verifiedEpoch.Store(epoch)
+					return nil
+				}
+			case <-deaf:
+				return errors.New("the listener does not hear its own notification: a pooler in transaction mode does not pass it on")
+			}
+		}
+	}
+	return func() error {
+		err := verify(c.trust.epoch.Load())
+		if err != nil && ctx.Err() == nil {
+			c.trust.distrust(err)
+		}
+		return err
+	}
 }
 
 // ---------------------------------------------------------------- commands to Redis
+
+// A redisClient sends commands to Redis on one connection. Commands that wait at the same moment travel together, one
+// batch at a time. An error, and another Redis than before, end trust.
+type redisClient struct {
+	address, password string
+	trust             *trust
+	pool              *redis.Pool
+	reachable         atomic.Bool // Redis answered when it was last asked
+
+	mu      sync.Mutex // guards what follows
+	waiting []*command // to be sent
+	sending bool       // a caller sends a batch, or is about to
+
+	exchanging sync.Mutex // held for a batch; guards runID
+	runID      string     // of the Redis process that answered last
+
+	created  time.Time    // time.Since does not mind when somebody sets the clock
+	settling atomic.Int64 // until when that process has to settle, in nanoseconds after created
+}
+
+func newRedisClient(address, password string, t *trust) *redisClient {
+	c := &redisClient{address: address, password: password, trust: t, created: time.Now()}
+	c.reachable.Store(true) // until it is found not to be: even the first writer must announce itself
+	// One connection, so that a new connection is the only way to a new Redis: connect then notices.
+	c.pool = &redis.Pool{DialContext: c.connect, MaxActive: 1, MaxIdle: 1, Wait: true}
+	return c
+}
 
 // errUnreachable is the error of a command that was not sent.
 var errUnreachable = errors.New("redis did not answer a moment ago")
@@ -344,102 +633,117 @@ type command struct {
 	name  string
 	args  []any
 	reply any
-	err   error         // errUnreachable until it is sent
-	done  chan struct{} // closed when it was answered
+	err   error
+	wake  chan bool // receives whether its caller must send the next batch; if not, it was answered
 }
 
 // do sends a command to Redis and returns the reply. An error ends trust. Where Redis did not answer a moment ago,
 // do fails at once and does not wait for it again.
-//
-// Commands that wait at the same moment travel together, in one round trip (pipelining). One at a time, Redis and this
-// process would spend most of their time in system calls. No goroutine is needed for that: while one caller sends what
-// waits, the others wait for their reply or for their turn to send.
-func (c *Cache) do(name string, args ...any) (any, error) {
-	cmd := &command{name: name, args: args, err: errUnreachable, done: make(chan struct{})}
-	c.commands <- cmd
-	select {
-	case <-cmd.done:
-	case c.sending <- struct{}{}:
-		c.sendWaiting() // this command, too, unless somebody has just done so
-		<-c.sending
+func (c *redisClient) do(name string, args ...any) (any, error) {
+	// One at a time, Redis and this process would spend most of their time in system calls. So commands that wait travel
+	// together, in one round trip (pipelining). No goroutine is needed for that: one of their callers sends them all.
+	cmd := &command{name: name, args: args, err: errUnreachable, wake: make(chan bool, 1)}
+	c.mu.Lock()
+	c.waiting = append(c.waiting, cmd)
+	mustSend := !c.sending
+	c.sending = true
+	c.mu.Unlock()
+	if mustSend || <-cmd.wake {
+		c.sendWaiting()
 	}
 	return cmd.reply, cmd.err
 }
 
-// sendWaiting sends the commands that wait, and wakes their callers.
-func (c *Cache) sendWaiting() {
+// sendWaiting sends the commands that wait, wakes their callers, and has one of those that came meanwhile go on.
+func (c *redisClient) sendWaiting() {
 	runtime.Gosched() // those who have just been answered may come with more
-	batch := make([]*command, len(c.commands))
-	for i := range batch {
-		batch[i] = <-c.commands
-	}
-	if len(batch) > 0 && c.reachable.Load() {
+	c.mu.Lock()
+	batch := c.waiting
+	c.waiting = nil
+	c.mu.Unlock()
+	if c.reachable.Load() {
 		c.exchange(batch)
 	}
+	c.mu.Lock()
+	c.sending = len(c.waiting) > 0
+	if c.sending {
+		c.waiting[0].wake <- true
+	}
+	c.mu.Unlock()
 	for _, cmd := range batch {
-		close(cmd.done)
+		cmd.wake <- false
 	}
 }
 
 // exchange sends a batch of commands to Redis and receives the replies, in redisTimeout at most. Each command has an
 // error of its own: when the connection breaks, those before it have been answered. That Redis refuses a command,
 // because it is full or only a replica, is an error, too, but Redis can still be reached.
-func (c *Cache) exchange(batch []*command) {
+func (c *redisClient) exchange(batch []*command) {
+	c.exchanging.Lock()
+	defer c.exchanging.Unlock()
 	deadline := time.Now().Add(redisTimeout)
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	// A connection that could not be made, or that breaks, returns the reason from every call, and from Err.
-	conn, _ := c.pool.GetContext(ctx)
+	conn, err := c.pool.GetContext(ctx)
 	defer conn.Close() // returns it to the pool, which drops it if it is broken
 	for _, cmd := range batch {
 		_ = conn.Send(cmd.name, cmd.args...)
 	}
 	_ = conn.Flush()
-	var err error
 	for _, cmd := range batch {
 		// A timeout of zero would be none at all.
 		cmd.reply, cmd.err = redis.ReceiveWithTimeout(conn, max(time.Until(deadline), time.Millisecond))
 		err = cmp.Or(err, cmd.err)
 	}
 	c.reachable.Store(conn.Err() == nil)
-	if conn.Err() == nil { // or else this is not the one connection any more
-		c.refusal = err
-	}
 	if err != nil {
-		c.distrust(err)
+		c.trust.distrust(err)
 	}
 }
 
-// connect dials Redis and asks who it is. A Redis older than 7.0 does not know SET with NX and GET, and one that may
-// evict any key could forget a writer: both are refused. One that is not the process that answered last may hold
-// anything, an old snapshot for example: that ends trust.
-func (c *Cache) connect(ctx context.Context) (redis.Conn, error) {
-	conn, err := redis.DialContext(ctx, "tcp", net.JoinHostPort(c.cfg.redisHost, c.cfg.redisPort),
-		redis.DialPassword(c.cfg.redisPassword), redis.DialReadTimeout(redisTimeout/2), redis.DialWriteTimeout(redisTimeout))
+// connect dials Redis and asks who it is, in the time that the context leaves. A Redis older than 7.0 does not know SET
+// with NX and GET, and one that may evict any key could forget a writer: both are refused.
+func (c *redisClient) connect(ctx context.Context) (redis.Conn, error) {
+	conn, err := redis.DialContext(ctx, "tcp", c.address, redis.DialWriteTimeout(redisTimeout))
 	if err != nil {
 		return nil, err
 	}
-	info, err := redis.String(conn.Do("INFO"))
+	// Both at once: a Redis that takes long for an answer takes it once.
+	if c.password != "" {
+		_ = conn.Send("AUTH", c.password)
+	}
+	_ = conn.Send("INFO")
+	_ = conn.Flush()
+	if c.password != "" {
+		_, err = redis.ReceiveContext(conn, ctx)
+	}
+	var info string
+	if err == nil {
+		info, err = redis.String(redis.ReceiveContext(conn, ctx))
+	}
 	version, policy := infoField(info, "redis_version"), infoField(info, "maxmemory_policy")
 	major, _ := strconv.Atoi(strings.Split(version, ".")[0])
-	if err == nil && major < 7 {
+	switch {
+	case err != nil:
+	case major < 7:
 		err = fmt.Errorf("redis %s is too old: 7.0 or newer is needed", version)
-	}
-	if err == nil && strings.HasPrefix(policy, "allkeys") {
+	case strings.HasPrefix(policy, "allkeys"):
 		err = fmt.Errorf("redis may evict any key (maxmemory-policy %s): volatile-lru or noeviction is needed", policy)
 	}
-	if err = cmp.Or(err, fillScript.Load(conn), announceScript.Load(conn), retractScript.Load(conn)); err != nil {
+	if err != nil {
 		_ = conn.Close()
 		return nil, err
 	}
-	c.meet(infoField(info, "run_id"), infoField(info, "uptime_in_seconds"))
+	c.identifyServer(infoField(info, "run_id"), infoField(info, "uptime_in_seconds"))
 	return conn, nil
 }
 
-// meet notes which Redis process answers, and when it has settled: counted from its start where it is the first that
-// this process knows, and else from now. One that was only silent has lost no marks; it waits until every replica has
-// noticed its return and announces its writes to it again.
-func (c *Cache) meet(runID, uptime string) {
+// identifyServer notes which Redis process answers, and when it has settled: counted from its start where it is the
+// first that this process knows, and else from now. Another process than before may hold anything, an old snapshot for
+// example, so it ends trust. One that was only unresponsive has lost no marks: it waits until every replica has noticed
+// its return and announces its writes to it again.
+func (c *redisClient) identifyServer(runID, uptime string) {
 	wait := noticeTime
 	if c.runID != runID {
 		wait = settleTime
@@ -447,11 +751,16 @@ func (c *Cache) meet(runID, uptime string) {
 			wait -= time.Duration(max(0, seconds-1)) * time.Second // it may be rounded up
 		}
 		c.runID = runID
-		c.distrust(errors.New("another redis, or a restarted one, answers"))
+		c.trust.distrust(errors.New("another redis, or a restarted one, answers"))
 	} else if c.reachable.Load() {
 		return
 	}
-	c.settled.Store(max(c.settled.Load(), int64(time.Since(c.created)+wait)))
+	c.settling.Store(max(c.settling.Load(), int64(time.Since(c.created)+wait)))
+}
+
+// settled reports whether the Redis that answered last has settled.
+func (c *redisClient) settled() bool {
+	return time.Since(c.created) >= time.Duration(c.settling.Load())
 }
 
 // infoField returns a field of a reply to INFO, or nothing.
@@ -461,164 +770,79 @@ func infoField(info, name string) string {
 	return value
 }
 
-// ---------------------------------------------------------------- trust
-
-func (c *Cache) trusted() bool { return c.trustedAt.Load() == c.doubts.Load() }
-
-// distrust ends trust. This is rule 3: in doubt, drop everything. After an error of Redis, or when another Redis answers
-// than before, or when notifications may have been lost, nobody knows which bodies are old:
-//
-//	Redis holds the price 1.00, and saves a snapshot to its disk
-//	a writer sets the price to 2.00 and deletes the key
-//	Redis is killed, starts again, reads its snapshot, and holds 1.00
-//
-// From now on reads go to PostgreSQL, without trying Redis and waiting for it again, until restore has dropped
-// every key. Writes do not depend on trust: they announce themselves wherever Redis answers.
-func (c *Cache) distrust(reason error) {
-	if doubts := c.doubts.Add(1); c.trustedAt.Load() == doubts-1 {
-		slog.Warn("cache not trusted", "reason", reason)
-	}
-}
-
-// Run hears of the changes of others, and keeps the cache's trust or wins it back, until the context ends.
-func (c *Cache) Run(ctx context.Context) {
-	go c.hear()
-	defer c.listener.Close()
-	// The listener is asked in a loop of its own, since its connection counts as lost when nothing comes for 2 s, and
-	// it can take longer to drop all keys.
-	go repeat(ctx, "not listening", func() (bool, error) {
-		err := c.listener.Listen("products") // waits for PostgreSQL
-		if err == nil || errors.Is(err, pq.ErrChannelAlreadyOpen) {
-			c.listening.Store(true)
-			err = c.listener.Ping()
-		}
-		if err != nil {
-			c.distrust(err)
-		}
-		return false, err
-	})
-	repeat(ctx, "cache not in use yet", func() (bool, error) {
-		// Nobody else asks a Redis that did not answer a moment ago. No other command waits for this one.
-		ping := &command{name: "PING"}
-		c.exchange([]*command{ping})
-		if ping.err != nil || c.trusted() {
-			return false, ping.err
-		}
-		return false, c.restore()
-	})
-}
-
-// restore wins trust back, or says why it cannot yet. Redis must answer and must have settled, and the listener must
-// hear; then all keys are dropped. Whatever raises a doubt meanwhile makes it start over.
-//
-// Why a new Redis must settle:
-//
-//	writer:    announces itself, and its statement is on the way to PostgreSQL
-//	Redis:     is killed and started again: the mark is gone
-//	reader:    trusts the new Redis, takes a lease, reads the old row, and fills: nobody is at work
-//	writer:    commits; until it retracts, some readers get the new row, and others hit the old one
-//
-// After settleTime no writer that announced itself to the Redis before can still commit.
-func (c *Cache) restore() error {
-	doubts := c.doubts.Load()
-	if time.Since(c.created) < time.Duration(c.settled.Load()) {
-		return errors.New("redis has only just come up: it has to settle")
-	}
-	if err := c.listener.Ping(); err != nil || !c.listening.Load() {
-		return fmt.Errorf("not listening to PostgreSQL: %v", err)
-	}
-	// A Redis that is full, or only a replica, refuses this already, and not only the first request.
-	if _, err := c.do("SET", keyPrefix+"probe", "", "EX", 1); err != nil {
-		return err
-	}
-	if _, err := c.scan("UNLINK", time.Hour); err != nil { // there may be very many keys of others
-		return err
-	}
-	c.trustedAt.Store(doubts) // no longer the number of doubts, if another came up meanwhile
-	if c.trusted() {
-		slog.Info("cache trusted")
-	}
-	return nil
-}
-
-// scan runs a command, UNLINK or EXISTS, with the cache's keys, some at a time, and returns how many it counted. SCAN
-// does not hold up Redis as KEYS would, however many keys of others it holds. After the limit the error is
+// scan runs a command, UNLINK or EXISTS, with the cache's keys, a thousand at a time, and returns how many it counted.
+// SCAN does not hold up Redis as KEYS would, however many keys of other programs it holds. After the limit the error is
 // context.DeadlineExceeded.
-func (c *Cache) scan(command string, limit time.Duration) (count int, err error) {
+func (c *redisClient) scan(name string, limit time.Duration) (count int, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	for cursor := ""; cursor != "0" && err == nil; err = cmp.Or(err, ctx.Err()) {
-		var reply, keys []any
-		if reply, err = redis.Values(c.do("SCAN", cmp.Or(cursor, "0"), "MATCH", keyPrefix+"*", "COUNT", 1000)); err == nil {
-			_, err = redis.Scan(reply, &cursor, &keys)
+	for cursor := "0"; ; {
+		reply, err := redis.Values(c.do("SCAN", cursor, "MATCH", keyPrefix+"*", "COUNT", 1000))
+		if err != nil {
+			return count, err
 		}
-		if err == nil && len(keys) > 0 {
-			n := 0
-			n, err = redis.Int(c.do(command, keys...))
+		var keys []any
+		if _, err := redis.Scan(reply, &cursor, &keys); err != nil {
+			return count, err
+		}
+		if len(keys) > 0 {
+			n, err := redis.Int(c.do(name, keys...))
+			if err != nil {
+				return count, err
+			}
 			count += n
 		}
-	}
-	return count, err
-}
-
-// hear deletes the keys of the rows that others changed. This is rule 2: the database tells what the API did not do.
-// With psql somebody sets the price to 2.00, and nobody would delete the key; but the trigger in schema.sql notifies.
-//
-// When the ids come faster than their keys can be deleted, one by one is not worth it: that is a doubt, and all keys
-// are dropped once it is calm again.
-func (c *Cache) hear() {
-	for n := range c.listener.Notify {
-		switch {
-		case n == nil: // the listener has reconnected: the loss of its connection has ended trust already
-		case n.Extra == "" || len(c.listener.Notify) == cap(c.listener.Notify) || !c.trusted():
-			// Without trust nothing needs to be deleted: all keys will be.
-			c.distrust(errors.New("others changed everything, or more than can be deleted key by key"))
-		default:
-			_, _ = c.do("UNLINK", keyAll, keyPrefix+n.Extra) // an error has ended trust: then all keys will be deleted
+		if cursor == "0" {
+			return count, nil
+		}
+		if ctx.Err() != nil {
+			return count, ctx.Err()
 		}
 	}
 }
 
 // ---------------------------------------------------------------- for the endpoints
 
-// Clear deletes every key of the cache and returns how many there were. It takes lookupTimeout at most, and goes on when
-// the client has gone away.
-func (c *Cache) Clear() (int, error) { return c.scan("UNLINK", lookupTimeout) }
+// Clear deletes every key of the cache and returns how many there were. It takes lookupTimeout at most, and outlives
+// the request that started it.
+func (c *cache) Clear() (int, error) { return c.redis.scan("UNLINK", lookupTimeout) }
 
 // Version returns the version of the Redis that answers.
-func (c *Cache) Version() (string, error) {
-	info, err := redis.String(c.do("INFO", "server"))
+func (c *cache) Version() (string, error) {
+	info, err := redis.String(c.redis.do("INFO", "server"))
 	return infoField(info, "redis_version"), err
 }
 
-// CacheStats are the figures of the cache in GET /stats.
-type CacheStats struct {
+// Trusted reports whether the cache is in use.
+func (c *cache) Trusted() bool { return c.trust.trusted() }
+
+// cacheStats are the figures of the cache in GET /stats.
+type cacheStats struct {
 	Status   string  `json:"status"`   // connected or disconnected
 	Trusted  bool    `json:"trusted"`  // the cache is in use
 	Hits     int64   `json:"hits"`     // answered from Redis
 	Misses   int64   `json:"misses"`   // answered from PostgreSQL, as Redis held no body
 	Bypasses int64   `json:"bypasses"` // answered from PostgreSQL, as the cache was not trusted
 	HitRate  float64 `json:"hit_rate"` // hits of all, from 0 to 1, with three decimals
-	Keys     *int    `json:"keys"`     // null when there are too many keys of others to count ours in a second
+	Keys     *int    `json:"keys"`     // null when Redis holds too many keys of other programs to count ours in a second
 	TTL      int     `json:"ttl_seconds"`
 	Memory   string  `json:"memory_used"`
 }
 
-// Stats counts requests since this process started, and says what Redis holds now.
-func (c *Cache) Stats() CacheStats {
-	st := CacheStats{
-		Status: "disconnected", Trusted: c.trusted(), TTL: int(c.cfg.cacheTTL.Seconds()),
+// Stats returns what was counted since this process started, and what Redis holds now.
+func (c *cache) Stats() (cacheStats, redis.PoolStats) {
+	st := cacheStats{
+		Status: "disconnected", Trusted: c.Trusted(), TTL: int(c.ttl.Seconds()),
 		Hits: c.requests[hit].Load(), Misses: c.requests[miss].Load(), Bypasses: c.requests[bypass].Load(),
 	}
 	all := max(1, st.Hits+st.Misses+st.Bypasses)
 	st.HitRate = float64((1000*st.Hits+all/2)/all) / 1000 // rounded
-	info, err := redis.String(c.do("INFO", "memory"))
-	if err != nil {
-		return st
+	info, err := redis.String(c.redis.do("INFO", "memory"))
+	if err == nil {
+		st.Status, st.Memory = "connected", infoField(info, "used_memory_human")
+		if count, err := c.redis.scan("EXISTS", time.Second); err == nil {
+			st.Keys = &count
+		}
 	}
-	st.Status, st.Memory = "connected", infoField(info, "used_memory_human")
-	if count, err := c.scan("EXISTS", time.Second); err == nil {
-		st.Keys = &count
-	}
-	return st
+	return st, c.redis.pool.Stats()
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -78,10 +79,11 @@ func probe(host, port string, ask func() (string, error)) service {
 // milliseconds returns a duration in milliseconds, with three decimals.
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// selectVersion needs the table, so PostgreSQL counts as connected only when it has the schema.
+// selectVersion has a row only where the table is, so PostgreSQL counts as connected only when it has the schema. It asks
+// the catalogue: a table that somebody locks is no reason to replace a replica.
 const selectVersion = `
 SELECT current_setting('server_version')
-FROM (SELECT count(id) FROM (SELECT id FROM products LIMIT 1) AS one) AS ready`
+WHERE to_regclass('products') IS NOT NULL`
 
 // probes asks PostgreSQL and Redis at the same time.
 func (s *server) probes() (postgres, redis service) {
@@ -97,17 +99,20 @@ func (s *server) probes() (postgres, redis service) {
 	return postgres, redis
 }
 
-// health answers GET /health. Without Redis the service is degraded, but well: it answers from PostgreSQL, only slower. So
-// the status is 200, and an orchestrator does not restart a service that a restart would not mend. Without PostgreSQL
-// it is 503, and a balancer sends requests elsewhere.
+// health answers GET /health. Without its cache the service is degraded, but well: it answers from PostgreSQL, only
+// slower. So the status is 200, and an orchestrator does not restart a service that a restart would not mend. Without
+// PostgreSQL it is 503, and so it is from SIGTERM on: a load balancer then sends requests elsewhere.
 func (s *server) health(w http.ResponseWriter, r *http.Request) error {
 	postgres, cache := s.probes()
 	status, code := "healthy", http.StatusOK
-	if cache.Status != "connected" {
+	if cache.Status != "connected" || !s.cache.Trusted() {
 		status = "degraded"
 	}
 	if postgres.Status != "connected" {
 		status, code = "unhealthy", http.StatusServiceUnavailable
+	}
+	if s.stopping.Load() {
+		status, code = "stopping", http.StatusServiceUnavailable
 	}
 	return respondJSON(w, code, struct {
 		Status    string    `json:"status"`
@@ -127,23 +132,27 @@ func (s *server) services(w http.ResponseWriter, r *http.Request) error {
 		Postgres service `json:"postgres"`
 		Redis    service `json:"redis"`
 	}{
-		service{"running", r.Host, version(), 0, uptime, hostname, runtime.Version()}, postgres, cache,
+		service{
+			Status: "running", Address: r.Host, Version: version(), Uptime: uptime, Hostname: hostname, Go: runtime.Version(),
+		},
+		postgres, cache,
 	})
 }
 
 // selectStats gives the figures of the catalogue as JSON. It adds up category by category first, so that the whole table is
-// read once.
+// read once. Of the categories it lists the 1,000 largest.
 const selectStats = `
 SELECT json_build_object(
     'products',              coalesce(sum(products), 0),
     'total_stock',           coalesce(sum(stock), 0),
     'inventory_value',       coalesce(sum(value), 0),
-    'products_per_category', coalesce(json_object_agg(category, products ORDER BY category), '{}'))
-FROM (SELECT category, count(*) AS products, sum(stock) AS stock, sum(price * stock) AS value
+    'products_per_category', coalesce(json_object_agg(category, products ORDER BY category) FILTER (WHERE place <= 1000), '{}'))
+FROM (SELECT category, count(*) AS products, sum(stock) AS stock, sum(price * stock) AS value,
+             row_number() OVER (ORDER BY count(*) DESC, category) AS place
       FROM products
       GROUP BY category) AS categories`
 
-// A poolStats is a pool's connections, and how often and how long in all somebody waited for one.
+// A poolStats is a pool's connections, and how often and how long in all requests waited for one.
 type poolStats struct {
 	Open   int     `json:"open"`
 	InUse  int     `json:"in_use"`
@@ -162,21 +171,27 @@ func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
 	if err := s.db.QueryRowContext(ctx, selectStats).Scan(&catalogue); err != nil {
 		return err
 	}
-	d, c := s.db.Stats(), s.cache.pool.Stats()
+	cache, c := s.cache.Stats()
+	d := s.db.Stats()
 	return respondJSON(w, http.StatusOK, map[string]any{
-		"cache":    s.cache.Stats(),
+		"cache":    cache,
 		"database": json.RawMessage(catalogue),
 		"pools": map[string]poolStats{
 			"postgres": {d.OpenConnections, d.InUse, d.Idle, d.MaxOpenConnections, d.WaitCount, milliseconds(d.WaitDuration)},
-			"redis":    {c.ActiveCount, c.ActiveCount - c.IdleCount, c.IdleCount, s.cache.pool.MaxActive, c.WaitCount, milliseconds(c.WaitDuration)},
+			"redis":    {c.ActiveCount, c.ActiveCount - c.IdleCount, c.IdleCount, 1, c.WaitCount, milliseconds(c.WaitDuration)},
 		},
 	})
 }
 
 // healthCommand is `web health`: it asks the service on this machine, for a container's health check.
 func healthCommand(cfg config) error {
-	client := http.Client{Timeout: 3 * time.Second}
-	response, err := client.Get("http://" + net.JoinHostPort(cmp.Or(cfg.bindAddress, "127.0.0.1"), cfg.port) + "/health")
+	// A transport of its own: a proxy in the environment is not for this machine.
+	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{}}
+	host := cfg.bindAddress
+	if address, err := netip.ParseAddr(host); host == "" || err == nil && address.IsUnspecified() {
+		host = "localhost"
+	}
+	response, err := client.Get("http://" + net.JoinHostPort(host, cfg.port) + "/health")
 	if err != nil {
 		return err
 	}
@@ -190,8 +205,8 @@ func healthCommand(cfg config) error {
 
 // pingCommand is `web ping [-c N] HOST[:PORT]`: it resolves a name, which inside a container is a question to Docker's own
 // DNS, and connects to the port that the service would use there. It does so N times, a second apart, with a line for
-// each, and its error says that none succeeded. The real ping sends ICMP packets, for which it needs a right that this
-// container does not have; and a connection shows more, namely that a server listens.
+// each, and its error says that none succeeded. The real ping sends ICMP packets, for which it needs a permission that this
+// container lacks; and a connection shows more, namely that a server listens.
 func pingCommand(ctx context.Context, cfg config, args []string) error {
 	flags := flag.NewFlagSet("ping", flag.ContinueOnError)
 	flags.Usage = func() {} // run prints errUsage
@@ -208,23 +223,30 @@ func pingCommand(ctx context.Context, cfg config, args []string) error {
 		}
 		address = net.JoinHostPort(address, port)
 	}
-	reached := 0
-	ticker := time.Tick(time.Second)
-	for i := 1; i <= *count && ctx.Err() == nil; i++ {
+	tries, reached := 0, 0
+	for ticker := time.Tick(time.Second); tries < *count; {
+		tries++
 		began := time.Now()
 		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", address)
 		if err == nil {
-			fmt.Printf("connected to %s (%s): try=%d time=%.3f ms\n", address, conn.RemoteAddr(), i, milliseconds(time.Since(began)))
+			fmt.Printf("connected to %s (%s): try=%d time=%.3f ms\n", address, conn.RemoteAddr(), tries, milliseconds(time.Since(began)))
 			_ = conn.Close()
 			reached++
 		} else {
-			fmt.Printf("no connection to %s: try=%d %v\n", address, i, err)
+			fmt.Printf("no connection to %s: try=%d %v\n", address, tries, err)
 		}
-		if i < *count {
-			<-ticker
+		if tries == *count {
+			break
+		}
+		select {
+		case <-ticker:
+		case <-ctx.Done(): // interrupted
+		}
+		if ctx.Err() != nil {
+			break
 		}
 	}
-	fmt.Printf("%d tries, %d connected\n", *count, reached)
+	fmt.Printf("%d tries, %d connected\n", tries, reached)
 	if reached == 0 {
 		return errors.New("ping: no answer from " + address)
 	}

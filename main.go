@@ -1,22 +1,25 @@
 // Command web is a product catalogue API over PostgreSQL with a Redis cache that never lies.
 //
-// Where to begin: endpoints, below, lists all that the API answers, and each handler is one jump away.
+// Start with endpoints, below: it lists every route of the API, and each handler is one jump from there.
 //
-//	main.go      settings, routes, the server and its end, errors, JSON, the connections to PostgreSQL
+//	main.go      settings, routes, server and shutdown, errors, JSON, and all that makes PostgreSQL behave
 //	products.go  the product: its rules, its SQL, its handlers
-//	cache.go     Redis: how bodies are cached so that nobody is ever given an old one
-//	health.go    what the service says about itself and its servers, and the commands health and ping
+//	cache.go     Redis: how response bodies are cached so that no read returns stale data
+//	health.go    what the service reports about itself and its servers, and the commands health and ping
 package main
 
 import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/tls"
 	"database/sql"
+	"database/sql/driver"
 	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -35,23 +38,18 @@ import (
 	"time"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
-const (
-	queryTimeout    = 2500 * time.Millisecond // until a connection of the pool is free and the statement sent
-	drainTime       = 2 * time.Second         // for which a balancer may still send requests to a service that stops
-	shutdownTimeout = 10 * time.Second        // for the requests in flight after that
-)
-
-// The binary carries the schema with it, so that an empty database is all it needs.
+// The binary carries the schema, so an empty database is all it needs.
 //
 //go:embed schema.sql
 var schema string
 
 func main() { os.Exit(run(os.Args)) }
 
-// run is the program: it serves, or is one of the subcommands, and returns the exit status: 2 for what its caller has to
-// change, arguments or environment, and 1 for what went wrong.
+// run serves, or runs one of the subcommands, and returns the exit status: 2 for usage errors, in the arguments or in
+// the environment, and 1 for everything else that failed.
 func run(args []string) int {
 	if filepath.Base(args[0]) == "ping" { // a link in the image
 		args = append([]string{"web", "ping"}, args[1:]...)
@@ -83,58 +81,69 @@ func run(args []string) int {
 	return 1
 }
 
-// errUsage is the error of arguments that make no sense.
 var errUsage = errors.New("usage: web [health | ping [-c N] HOST[:PORT]]")
 
-// A config holds the settings, all from the environment.
+// ---------------------------------------------------------------- settings
+
+// A config holds the settings. All of them come from the environment.
 type config struct {
-	bindAddress, port                                                      string
-	postgresHost, postgresPort, postgresDB, postgresUser, postgresPassword string
-	postgresSSLMode                                                        string
-	redisHost, redisPort, redisPassword                                    string
-	cacheTTL                                                               time.Duration
-	logLevel                                                               slog.Level
+	bindAddress, port                       string
+	postgresHost, postgresPort, postgresDB  string
+	postgresUser, postgresPassword, sslMode string
+	redisHost, redisPort, redisPassword     string
+	cacheTTL, drainTime                     time.Duration
+	logLevel                                slog.Level
 }
 
-// settings reads variables of the environment and keeps the first fault: one line that names the variable and says what
-// it accepts. A password is never in it.
+// settings reads variables of the environment and keeps the first fault: one line that names the variable and says
+// what it accepts. It never contains a password.
 type settings struct {
 	getenv func(string) string
 	fault  error
 }
 
-// check returns a variable, or the fallback where it is empty. What is not ok is a fault. To stop here, with a clear word,
-// is better than to start and to fail at the first request.
-func (s *settings) check(name, fallback, accepts string, ok func(string) bool) string {
+// check returns a variable, or the fallback where it is empty. A value that parse refuses is a fault: it is better to
+// stop here, with a clear message, than to start and to fail at the first request.
+func (s *settings) check(name, fallback, accepts string, parse func(string) error) string {
 	value := cmp.Or(s.getenv(name), fallback)
-	if s.fault == nil && !ok(value) {
+	if s.fault == nil && parse(value) != nil {
 		s.fault = fmt.Errorf("%s must be %s, not %q", name, accepts, value)
 	}
 	return value
 }
 
-// number returns a whole number from 1 to max.
-func (s *settings) number(name, fallback string, max int) string {
-	return s.check(name, fallback, fmt.Sprintf("a whole number from 1 to %d", max), func(value string) bool {
-		n, err := strconv.Atoi(value)
-		return err == nil && n >= 1 && n <= max
+// number returns a whole number from min to max.
+func (s *settings) number(name, fallback string, min, max int) (n int) {
+	s.check(name, fallback, fmt.Sprintf("a whole number from %d to %d", min, max), func(value string) (err error) {
+		n, err = strconv.Atoi(value)
+		if n < min || n > max {
+			return strconv.ErrRange
+		}
+		return err
 	})
+	return n
 }
 
-// choice returns one of the words.
-func (s *settings) choice(name, fallback string, words ...string) string {
-	return s.check(name, fallback, "one of "+strings.Join(words, ", "), func(value string) bool {
-		return slices.Contains(words, value)
-	})
+// port returns a port as Go's network functions want it, a text.
+func (s *settings) port(name, fallback string) string {
+	return strconv.Itoa(s.number(name, fallback, 1, 65535))
+}
+
+// seconds returns a whole number of seconds.
+func (s *settings) seconds(name, fallback string, min, max int) time.Duration {
+	return time.Duration(s.number(name, fallback, min, max)) * time.Second
 }
 
 var hostName = regexp.MustCompile(`^[A-Za-z0-9_.-]*$`)
 
-// host returns a host's name or address. PostgreSQL's may be the folder of its Unix socket.
+// host returns a host's name or address. PostgreSQL's may also be the folder of its Unix socket.
 func (s *settings) host(name, fallback string) string {
-	return s.check(name, fallback, "the name or the IP address of a host", func(value string) bool {
+	return s.check(name, fallback, "the name or the IP address of a host", func(value string) error {
 		_, err := netip.ParseAddr(value)
-		return err == nil || hostName.MatchString(value) || name == "POSTGRES_HOST" && filepath.IsAbs(value)
+		if hostName.MatchString(value) || name == "POSTGRES_HOST" && filepath.IsAbs(value) {
+			return nil
+		}
+		return err
 	})
 }
 
@@ -145,61 +154,94 @@ func (s *settings) secret(name string) string {
 		return value
 	}
 	content, err := os.ReadFile(file)
-	s.check(name+"_FILE", "", "a file that can be read", func(string) bool { return err == nil })
-	s.check(name+"_FILE", "", "empty where "+name+" is set", func(string) bool { return value == "" })
+	s.check(name+"_FILE", "", "a file that can be read", func(string) error { return err })
+	s.check(name+"_FILE", "", "empty where "+name+" is set", func(string) error {
+		if value != "" {
+			return errUsage
+		}
+		return nil
+	})
 	return strings.TrimRight(string(content), "\r\n")
 }
+
+var sslModes = []string{"disable", "prefer", "require", "verify-ca", "verify-full"}
 
 // configure reads the environment. Its error is for the person who set it.
 func configure(getenv func(string) string) (config, error) {
 	s := &settings{getenv: getenv}
 	cfg := config{
 		bindAddress:      s.host("BIND_ADDRESS", ""), // empty: all addresses of the machine
-		port:             s.number("PORT", "8000", 65535),
+		port:             s.port("PORT", "8000"),
 		postgresHost:     s.host("POSTGRES_HOST", "localhost"),
-		postgresPort:     s.number("POSTGRES_PORT", "5432", 65535),
+		postgresPort:     s.port("POSTGRES_PORT", "5432"),
 		postgresDB:       cmp.Or(getenv("POSTGRES_DB"), "products_db"),
 		postgresUser:     cmp.Or(getenv("POSTGRES_USER"), "postgres"),
 		postgresPassword: s.secret("POSTGRES_PASSWORD"),
-		postgresSSLMode:  s.choice("POSTGRES_SSLMODE", "prefer", "disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
 		redisHost:        s.host("REDIS_HOST", "localhost"),
-		redisPort:        s.number("REDIS_PORT", "6379", 65535),
+		redisPort:        s.port("REDIS_PORT", "6379"),
 		redisPassword:    s.secret("REDIS_PASSWORD"),
+		cacheTTL:         s.seconds("CACHE_TTL", "300", 1, 86400),
+		drainTime:        s.seconds("DRAIN_SECONDS", "2", 0, 300),
 	}
-	seconds, _ := strconv.Atoi(s.number("CACHE_TTL", "300", 86400))
-	cfg.cacheTTL = time.Duration(seconds) * time.Second
-	_ = cfg.logLevel.UnmarshalText([]byte(s.choice("LOG_LEVEL", "info", "debug", "info", "warn", "error")))
+	cfg.sslMode = s.check("POSTGRES_SSLMODE", "prefer", "one of "+strings.Join(sslModes, ", "), func(value string) error {
+		if !slices.Contains(sslModes, value) {
+			return errUsage
+		}
+		return nil
+	})
+	s.check("LOG_LEVEL", "info", "one of debug, info, warn, error", func(value string) error {
+		return cfg.logLevel.UnmarshalText([]byte(value))
+	})
 	return cfg, s.fault
 }
 
-// A server answers the API's requests. All that the handlers need is in it: there are no global connections.
+// ---------------------------------------------------------------- the server
+
+const (
+	queryTimeout    = 2500 * time.Millisecond // until the pool has a free connection
+	drainLimit      = 5 * time.Second         // after drainTime, while new connections still arrive
+	quietTime       = 500 * time.Millisecond  // without a new connection, after which no more are expected
+	shutdownTimeout = 10 * time.Second        // for the requests in flight after that
+)
+
+// A server answers the API's requests. It holds all that the handlers need: there are no global connections.
 type server struct {
-	cfg      config
-	db       *sql.DB // a pool, which connects when somebody needs a connection
-	cache    *Cache
-	started  time.Time
-	stopping atomic.Bool // every answer now asks the client to close its connection
+	cfg            config
+	db             *sql.DB // a pool, which connects when a connection is needed
+	cache          *cache
+	largeAnswers   chan struct{} // a counting semaphore: see respondBody
+	started        time.Time
+	stopping       atomic.Bool  // every answer now asks the client to close its connection
+	lastConnection atomic.Int64 // when a client last connected, in nanoseconds after started
 }
 
 // newServer returns a server, which connects to PostgreSQL and Redis when it needs them. cache.Run must run.
-func newServer(cfg config) (*server, error) {
-	db, dsn, err := openDatabase(cfg)
-	if err != nil {
-		return nil, err
+func newServer(cfg config) *server {
+	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize())
+	return &server{
+		cfg:          cfg,
+		db:           db,
+		largeAnswers: make(chan struct{}, maxLargeAnswers),
+		started:      time.Now(),
+		cache: newCache(cacheConfig{
+			db:            db,
+			heartbeatDB:   openDatabase(cfg, heartbeatTimeout, 1),
+			newListener:   func(f pq.EventCallbackType) *pq.Listener { return openListener(cfg, f) },
+			schema:        schema,
+			redisAddress:  net.JoinHostPort(cfg.redisHost, cfg.redisPort),
+			redisPassword: cfg.redisPassword,
+			ttl:           cfg.cacheTTL,
+		}),
 	}
-	return &server{cfg: cfg, db: db, cache: newCache(cfg, db, dsn), started: time.Now()}, nil
 }
 
-// serve runs the service until the context ends. Then it goes on for drainTime: whoever balances the load between
-// replicas hears only now that this one stops, and may have sent requests already. After that it takes no more, and
-// finishes those in flight.
+// serve runs the service until the context ends, and then drains it. A load balancer learns only from /health that
+// this replica is stopping, and may send requests until then; so the service goes on answering for a while, and ends
+// when no more new connections arrive.
 func serve(ctx context.Context, cfg config) error {
-	s, err := newServer(cfg)
-	if err != nil {
-		return err
-	}
+	s := newServer(cfg)
 	defer s.db.Close()
-	// Nearly all memory is the garbage of requests. To collect it half as often as usual costs a few MiB.
+	// Nearly all memory is the garbage of requests. Collecting it half as often as usual costs a few MiB.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200)
 	}
@@ -210,12 +252,11 @@ func serve(ctx context.Context, cfg config) error {
 	// The requests in flight still need what runs in the background, so that stops after them.
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	go applySchema(background, s.db)
 	go s.cache.Run(background)
 
 	// Without these limits one client could hold a connection, and the memory behind it, for ever. The header must have
-	// arrived within ReadHeaderTimeout and the whole request within ReadTimeout; an answer that its client does not take is
-	// given up after WriteTimeout. Between two requests a connection is kept open for IdleTimeout.
+	// arrived within ReadHeaderTimeout and the whole request within ReadTimeout. An answer that its client does not read
+	// is given up after WriteTimeout. Between two requests a connection is kept open for IdleTimeout.
 	srv := &http.Server{
 		Handler:           s.handler(),
 		ReadHeaderTimeout: 5 * time.Second,
@@ -224,6 +265,11 @@ func serve(ctx context.Context, cfg config) error {
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
+		ConnState: func(_ net.Conn, state http.ConnState) {
+			if state == http.StateNew {
+				s.lastConnection.Store(int64(time.Since(s.started)))
+			}
+		},
 	}
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(listener) }()
@@ -235,7 +281,15 @@ func serve(ctx context.Context, cfg config) error {
 	}
 	slog.Info("stopping")
 	s.stopping.Store(true)
-	<-time.After(drainTime)
+	time.Sleep(cfg.drainTime)
+	// A listener that closes resets the connections that still wait in its queue.
+	for limit := time.Now().Add(drainLimit); time.Now().Before(limit); {
+		quiet := time.Since(s.started) - time.Duration(s.lastConnection.Load())
+		if quiet >= quietTime {
+			break
+		}
+		time.Sleep(quietTime - quiet)
+	}
 	last, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
 	if err := srv.Shutdown(last); err != nil {
@@ -244,11 +298,18 @@ func serve(ctx context.Context, cfg config) error {
 	return nil
 }
 
-// endpoints are all that the API answers; GET / lists them.
+// An endpoint is a route. Its handler answers the request, or returns an error and has written nothing, so that one
+// place, respondError, turns errors into responses.
+type endpoint struct {
+	pattern, about string
+	handle         func(http.ResponseWriter, *http.Request) error
+}
+
+// endpoints returns every route of the API. GET / lists them.
 func (s *server) endpoints() []endpoint {
 	return []endpoint{
 		{"GET /{$}", "this list", s.index},
-		{"GET /health", "whether PostgreSQL and Redis are there", s.health},
+		{"GET /health", "whether PostgreSQL and Redis are available", s.health},
 		{"GET /services", "the state of each service", s.services},
 		{"GET /stats", "figures of the cache, the catalogue and the pools", s.stats},
 		{"GET /products", "all products; with category, limit or after, a page of them", s.listProducts},
@@ -258,13 +319,6 @@ func (s *server) endpoints() []endpoint {
 		{"DELETE /products/{id}", "delete a product", s.deleteProduct},
 		{"DELETE /cache/clear", "empty the cache", s.clearCache},
 	}
-}
-
-// An endpoint is a route. Its handler answers the request, or returns an error and has written nothing: so there is one
-// place, respondError, where errors become responses.
-type endpoint struct {
-	pattern, about string
-	handle         func(http.ResponseWriter, *http.Request) error
 }
 
 // handler routes requests, writes the access log, and turns every error into a response.
@@ -278,29 +332,35 @@ func (s *server) handler() http.Handler {
 		})
 	}
 	browsers := http.NewCrossOriginProtection()
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		began := time.Now()
+	log := func(rec *recorder, started time.Time) {
+		if r := rec.request; slog.Default().Enabled(r.Context(), slog.LevelInfo) {
+			slog.LogAttrs(r.Context(), slog.LevelInfo, "request",
+				slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Int("status", rec.status),
+				slog.Int("bytes", rec.bytes), slog.Duration("duration", time.Since(started)),
+				slog.String("cache", rec.Header().Get("Cache-Status")))
+		}
+	}
+	// http.MaxBytesHandler stands outside the recorder: it asks net/http's own ResponseWriter to close the connection
+	// of a client that sends too much, instead of waiting for the rest.
+	return http.MaxBytesHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rec := &recorder{ResponseWriter: w, request: r}
+		defer log(rec, time.Now()) // also when a handler panics
+		w.Header().Set("Cache-Control", "no-cache")
 		if s.stopping.Load() {
 			w.Header().Set("Connection", "close") // the client's next request goes to another replica
 		}
 		if err := browsers.Check(r); err != nil {
 			respondError(rec, r, &problem{Status: http.StatusForbidden, Detail: "a page of another site may not change anything here"})
 		} else if mux.ServeHTTP(rec, r); rec.refused != 0 {
-			respondError(rec, r, &problem{Status: rec.refused, Detail: fmt.Sprintf("%s %s is not an endpoint: GET / lists them", r.Method, r.URL.Path)})
+			detail := fmt.Sprintf("%s %s is not an endpoint: GET / lists them", r.Method, r.URL.Path)
+			respondError(rec, r, &problem{Status: rec.refused, Detail: detail})
 		}
-		if slog.Default().Enabled(r.Context(), slog.LevelInfo) {
-			slog.LogAttrs(r.Context(), slog.LevelInfo, "request",
-				slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Int("status", rec.status),
-				slog.Int("bytes", rec.bytes), slog.Duration("duration", time.Since(began)),
-				slog.String("cache", rec.Header().Get("Cache-Status")))
-		}
-	})
+	}), maxBody)
 }
 
-// A recorder is a ResponseWriter that notes what is sent, for the access log; every answer here begins with WriteHeader.
-// It also holds back what the router itself answers when no pattern matches: that is plain text, and respondError says
-// the same as a problem. The header Allow, which the router sets with a 405, stays.
+// A recorder is a ResponseWriter that notes what is sent, for the access log. It also holds back what the router
+// answers when no pattern matches: that is plain text, and respondError says the same as a problem. The header Allow,
+// which the router sets with a 405, stays.
 type recorder struct {
 	http.ResponseWriter
 	request                *http.Request
@@ -308,7 +368,8 @@ type recorder struct {
 }
 
 func (rec *recorder) WriteHeader(status int) {
-	if rec.request.Pattern == "" && rec.refused == 0 && (status == http.StatusNotFound || status == http.StatusMethodNotAllowed) {
+	unmatched := rec.request.Pattern == "" && (status == http.StatusNotFound || status == http.StatusMethodNotAllowed)
+	if unmatched && rec.refused == 0 {
 		rec.refused = status
 		return
 	}
@@ -320,13 +381,16 @@ func (rec *recorder) Write(b []byte) (int, error) {
 	if rec.refused != 0 && rec.status == 0 {
 		return len(b), nil
 	}
+	rec.status = cmp.Or(rec.status, http.StatusOK) // net/http sends this where a handler names no status
 	n, err := rec.ResponseWriter.Write(b)
 	rec.bytes += n
 	return n, err
 }
 
-// A problem is an error for the client, as RFC 9457 has it. Nothing but what is in it is ever said to a client. Errors
-// is for a body that breaks rules: what is wrong, by field.
+// ---------------------------------------------------------------- errors and JSON
+
+// A problem is an error for the client (RFC 9457). Clients never see anything of an error but what is in it. Errors is
+// for a body that breaks rules: what is wrong, by field.
 type problem struct {
 	Title  string            `json:"title"`
 	Status int               `json:"status"`
@@ -336,17 +400,26 @@ type problem struct {
 
 func (p *problem) Error() string { return p.Detail }
 
-// respondError is where errors become responses. A problem is sent as it is; a row that is not there is a product that
-// does not exist; that PostgreSQL or Redis is unavailable is said without saying how; anything else is a bug, is
-// logged, and remains hidden.
+// badRequest returns the problem of a request that cannot be understood.
+func badRequest(format string, args ...any) error {
+	return &problem{Status: http.StatusBadRequest, Detail: fmt.Sprintf(format, args...)}
+}
+
+// respondError turns an error into a response. A problem is sent as it is. A server that is unavailable is a 503, which
+// says whether to come again. Anything else is a bug: it is logged, and the client learns nothing of it.
 func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	p, ok := errors.AsType[*problem](err)
 	switch {
 	case ok:
-	case errors.Is(err, sql.ErrNoRows): // only a statement about the product in the path can find nothing
+	case errors.Is(err, errNotFound):
 		p = &problem{Status: http.StatusNotFound, Detail: fmt.Sprintf("product %s does not exist", r.PathValue("id"))}
-	case r.Context().Err() != nil: // the client has gone away: nobody reads this
+	case errors.Is(err, context.Canceled) && r.Context().Err() != nil: // the client has left: nobody reads this
 		p = &problem{Status: 499, Detail: "the client closed the connection"}
+	case errors.Is(err, errOutcomeUnknown):
+		// A client that repeats a creation now would make a second product, so there is no Retry-After.
+		slog.Warn("database unavailable, outcome unknown", "error", err)
+		p = &problem{Status: http.StatusServiceUnavailable,
+			Detail: "database unavailable: the change may have been made, look before you repeat it"}
 	case unavailable(err):
 		slog.Warn("database unavailable", "error", err)
 		p = &problem{Status: http.StatusServiceUnavailable, Detail: "database unavailable"}
@@ -354,10 +427,10 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 		slog.Error("internal error", "method", r.Method, "path", r.URL.Path, "error", err)
 		p = &problem{Status: http.StatusInternalServerError, Detail: "internal error"}
 	}
-	if p.Status == http.StatusServiceUnavailable {
+	if p.Status == http.StatusServiceUnavailable && !errors.Is(err, errOutcomeUnknown) {
 		w.Header().Set("Retry-After", "1")
 	}
-	answer := *p // a copy, since the error of a shared lookup goes to several requests
+	answer := *p // a copy, since several requests share the error of a lookup
 	answer.Title = http.StatusText(p.Status)
 	body, _ := encode(answer) // texts can always be encoded
 	respond(w, p.Status, "application/problem+json", body)
@@ -368,7 +441,7 @@ func respond(w http.ResponseWriter, status int, mediaType string, body []byte) {
 	w.Header().Set("Content-Type", mediaType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
-	_, _ = w.Write(body) // an error means that the client has gone
+	_, _ = w.Write(body) // an error means that the client has left
 }
 
 // respondJSON sends v as JSON. The error is encode's, and then nothing was sent.
@@ -380,124 +453,332 @@ func respondJSON(w http.ResponseWriter, status int, v any) error {
 	return err
 }
 
-// encode returns v as a line of JSON. An error means that a row holds what JSON cannot express: somebody else than the
-// service can put the year 10000 there.
+// encode returns v as a line of JSON.
 func encode(v any) ([]byte, error) {
 	var buf bytes.Buffer
-	enc := json.NewEncoder(&buf)
-	enc.SetEscapeHTML(false)
-	err := enc.Encode(v)
+	err := newEncoder(&buf).Encode(v)
 	return buf.Bytes(), err
 }
 
-// badRequest returns the problem of a request that cannot be understood.
-func badRequest(format string, args ...any) error {
-	return &problem{Status: http.StatusBadRequest, Detail: fmt.Sprintf(format, args...)}
+// newEncoder returns an encoder that leaves <, > and & as they are: this is no JSON for the inside of HTML.
+func newEncoder(w io.Writer) *json.Encoder {
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	return enc
 }
+
+// ---------------------------------------------------------------- PostgreSQL
 
 // poolSize is how many connections to PostgreSQL may be open: enough for what the processors can keep busy, and few
 // enough for several replicas at one PostgreSQL.
 func poolSize() int { return 4 + 4*runtime.GOMAXPROCS(0) }
 
-// A dialer makes connections to PostgreSQL on which an answer must come within a time. The context of a query cannot end
-// a read from a server that has fallen silent.
-type dialer struct{ patience time.Duration }
-
-func (d dialer) Dial(network, address string) (net.Conn, error) {
-	return d.DialTimeout(network, address, d.patience)
+// dataSource returns lib/pq's connection string. Nothing of libpq's own settings applies: neither its environment, PG…,
+// nor its file of passwords.
+func dataSource(cfg config) string {
+	for _, variable := range os.Environ() {
+		name, _, _ := strings.Cut(variable, "=")
+		if strings.HasPrefix(strings.TrimPrefix(name, "SSL"), "PG") {
+			_ = os.Unsetenv(name)
+		}
+	}
+	// The trigger in schema.sql knows the service's own writes by the application_name. With binary_parameters a query
+	// that is not prepared is one round trip.
+	dsn := "application_name=desafio3 connect_timeout=1 timezone=UTC binary_parameters=yes passfile=/dev/null"
+	mode := cfg.sslMode
+	if mode == "prefer" {
+		mode = "disable" // for lib/pq: the dialer negotiates
+	}
+	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`)
+	for _, setting := range [][2]string{
+		{"host", cfg.postgresHost},
+		{"port", cfg.postgresPort},
+		{"user", cfg.postgresUser},
+		{"password", cfg.postgresPassword},
+		{"dbname", cfg.postgresDB},
+		{"sslmode", mode},
+	} {
+		dsn += fmt.Sprintf(" %s='%s'", setting[0], quote.Replace(setting[1]))
+	}
+	return dsn
 }
 
-func (d dialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
+// openDatabase returns a pool, which connects when it is used. Every read from one of its connections ends after
+// readTimeout.
+func openDatabase(cfg config, readTimeout time.Duration, size int) *sql.DB {
+	db := sql.OpenDB(connector{dataSource(cfg), dialer{readTimeout: readTimeout, preferTLS: cfg.sslMode == "prefer"}})
+	// As many connections may be idle as may be open: to make a new one costs more than a statement.
+	db.SetMaxOpenConns(size)
+	db.SetMaxIdleConns(size)
+	db.SetConnMaxIdleTime(time.Minute) // less than firewalls wait before they forget a connection
+	return db
+}
+
+// openListener returns a listener, which connects at once and reconnects for as long as it lives. Its own notification
+// arrives at every heartbeat, so a connection on which nothing arrives for a while is lost.
+func openListener(cfg config, onEvent pq.EventCallbackType) *pq.Listener {
+	d := &dialer{readTimeout: 2 * time.Second, preferTLS: cfg.sslMode == "prefer"}
+	return pq.NewDialListener(d, dataSource(cfg), heartbeat, heartbeat, onEvent)
+}
+
+// A dialer makes connections to PostgreSQL on which an answer must arrive within readTimeout: the context of a query
+// cannot end a read from a server that is unresponsive. It remembers the socket of the last one.
+type dialer struct {
+	readTimeout time.Duration
+	preferTLS   bool
+	socket      *timeoutConn
+}
+
+func (d *dialer) Dial(network, address string) (net.Conn, error) {
+	return d.DialTimeout(network, address, d.readTimeout)
+}
+
+func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
 	conn, err := net.DialTimeout(network, address, timeout)
-	return &impatientConn{Conn: conn, patience: d.patience}, err
+	if err != nil {
+		return nil, err
+	}
+	d.socket = &timeoutConn{Conn: conn, readTimeout: d.readTimeout}
+	if d.preferTLS && network == "tcp" {
+		return negotiateTLS(d.socket, timeout)
+	}
+	return d.socket, nil
 }
 
-// An impatientConn is a connection of a dialer.
-type impatientConn struct {
+// negotiateTLS is libpq's sslmode=prefer: it asks the server for TLS (an SSLRequest, as PostgreSQL's protocol has it),
+// and where the server has none it goes on in the clear on the same connection. lib/pq would make a second one, and
+// PostgreSQL would wait on the first for a minute.
+func negotiateTLS(conn net.Conn, timeout time.Duration) (net.Conn, error) {
+	answer := make([]byte, 1)
+	err := conn.SetDeadline(time.Now().Add(timeout))
+	if err == nil {
+		_, err = conn.Write([]byte{0, 0, 0, 8, 4, 210, 22, 47})
+	}
+	if err == nil {
+		_, err = io.ReadFull(conn, answer)
+	}
+	switch {
+	case err == nil && answer[0] == 'S':
+		return tls.Client(conn, &tls.Config{InsecureSkipVerify: true}), nil // "verify-full" is for who wants more
+	case err == nil && answer[0] == 'N':
+		return conn, nil
+	}
+	_ = conn.Close()
+	return nil, cmp.Or(err, errors.New("what answers is no PostgreSQL"))
+}
+
+// A timeoutConn is a connection on which every read ends after readTimeout.
+type timeoutConn struct {
 	net.Conn
-	patience time.Duration
-	limit    time.Time // set by lib/pq for the time in which it connects
+	readTimeout time.Duration
+	limit       time.Time // set by lib/pq for the time in which it connects
 }
 
-func (c *impatientConn) SetDeadline(t time.Time) error {
+func (c *timeoutConn) SetDeadline(t time.Time) error {
 	c.limit = t
 	return c.Conn.SetDeadline(t)
 }
 
-func (c *impatientConn) Read(b []byte) (int, error) {
-	deadline := time.Now().Add(c.patience)
+func (c *timeoutConn) Read(b []byte) (int, error) {
+	deadline := time.Now().Add(c.readTimeout)
 	if !c.limit.IsZero() && c.limit.Before(deadline) {
 		deadline = c.limit
 	}
 	if err := c.SetReadDeadline(deadline); err != nil {
 		return 0, err
 	}
-	n, err := c.Conn.Read(b)
-	// A server without TLS answers N. With sslmode=prefer, lib/pq 1.12 then connects anew, as it does when no answer
-	// comes, but it does not close the first connection. PostgreSQL would wait on it for a minute.
-	if err != nil || len(b) == 1 && b[0] == 'N' {
-		_ = c.Conn.Close()
-	}
-	return n, err
+	return c.Conn.Read(b)
 }
 
-// openDatabase returns a pool, which connects when it is used, and the DSN behind it. The DSN tells PostgreSQL to end by
-// itself what takes longer than statementTimeout, for example because it waits for a lock.
-func openDatabase(cfg config) (*sql.DB, string, error) {
-	// The trigger in schema.sql knows the service's own writes by the application_name. With binary_parameters a query is
-	// one round trip.
-	dsn := fmt.Sprintf("application_name=desafio3 connect_timeout=1 statement_timeout=%d timezone=UTC binary_parameters=yes",
-		statementTimeout.Milliseconds())
-	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`)
-	for name, value := range map[string]string{
-		"host":     cfg.postgresHost,
-		"port":     cfg.postgresPort,
-		"user":     cfg.postgresUser,
-		"password": cfg.postgresPassword,
-		"dbname":   cfg.postgresDB,
-		"sslmode":  cfg.postgresSSLMode,
-	} {
-		dsn += fmt.Sprintf(" %s='%s'", name, quote.Replace(value))
-	}
-	connector, err := pq.NewConnector(dsn)
+// idle reports whether the connection is open and nothing has arrived on it. It looks without waiting and without a
+// round trip.
+func (c *timeoutConn) idle() bool {
+	raw, err := c.Conn.(syscall.Conn).SyscallConn()
 	if err != nil {
-		return nil, "", err
+		return false
 	}
-	connector.Dialer(dialer{statementTimeout + 500*time.Millisecond}) // a little longer than the server's own patience
-	// As many connections may be idle as may be open: to make a new one costs more than a statement.
-	db := sql.OpenDB(preparer{connector})
-	db.SetMaxOpenConns(poolSize())
-	db.SetMaxIdleConns(poolSize())
-	db.SetConnMaxIdleTime(5 * time.Minute)
-	return db, dsn, nil
-}
-
-// applySchema tries until PostgreSQL has taken the schema, all of it in one transaction, or the context ends.
-func applySchema(ctx context.Context, db *sql.DB) {
-	repeat(ctx, "database not ready", func() (bool, error) {
-		_, err := db.ExecContext(ctx, schema)
-		return err == nil, err
+	peeked := syscall.EINVAL
+	err = raw.Control(func(fd uintptr) {
+		_, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		peeked, _ = err.(syscall.Errno)
 	})
+	return err == nil && peeked == syscall.EAGAIN
 }
 
-// repeat is for what must go on for as long as the process lives, whatever the servers do. It calls f at every heartbeat,
-// until f says that it is done or the context ends, and logs an error that is not the one before it.
-func repeat(ctx context.Context, what string, f func() (done bool, err error)) {
-	ticker := time.NewTicker(heartbeat)
-	defer ticker.Stop()
-	for last := ""; ctx.Err() == nil; {
-		done, err := f()
-		if done || ctx.Err() != nil {
-			return
+// errNotConnected says that there is no connection to PostgreSQL. The reason is only text in it: lib/pq hides the kind
+// of some, and they all mean the same here.
+var errNotConnected = errors.New("could not connect to PostgreSQL")
+
+// A connector makes the connections of a pool.
+type connector struct {
+	dsn    string
+	dialer dialer
+}
+
+func (c connector) Driver() driver.Driver { return pq.Driver{} }
+
+// Connect returns a connection on which PostgreSQL ends every statement that takes longer than statementTimeout.
+func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
+	d := c.dialer // a dialer for each connection, which then knows its socket
+	pqConnector, err := pq.NewConnector(c.dsn)
+	if err != nil {
+		return nil, err
+	}
+	pqConnector.Dialer(&d)
+	conn, err := pqConnector.Connect(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %v", errNotConnected, err)
+	}
+	own := &preparedConn{pqConn: conn.(pqConn), socket: d.socket}
+	// Not a parameter of the connection: PgBouncer refuses those that it does not know.
+	_, err = own.ExecContext(context.Background(), fmt.Sprintf("SET statement_timeout = %d", statementTimeout.Milliseconds()), nil)
+	if err != nil {
+		_ = conn.Close()
+		return nil, fmt.Errorf("%w: %v", errNotConnected, err)
+	}
+	return own, nil
+}
+
+// A pqConn is what lib/pq's connections have for database/sql.
+type pqConn interface {
+	driver.Conn
+	driver.ConnPrepareContext
+	driver.QueryerContext
+	driver.ExecerContext
+	driver.SessionResetter
+	driver.Validator
+}
+
+// A preparedConn is a connection that prepares the statements of products.go once, so that PostgreSQL does not parse
+// and plan them for every request. No context ends a statement that was sent. Only statement_timeout does: PostgreSQL
+// then says that nothing was changed, while lib/pq would break off the connection and leave the outcome unknown.
+type preparedConn struct {
+	pqConn
+	socket   *timeoutConn
+	prepared map[string]driver.Stmt // nil until the first statement needs it
+	retired  bool                   // not used again when it is back in the pool
+}
+
+// ResetSession is called when a connection is taken from the pool. One that died while it was idle (idle_session_timeout,
+// a firewall, pg_terminate_backend) is dropped here, and database/sql takes another one. What PostgreSQL has sent
+// without being asked is its last message, as a rule.
+func (c *preparedConn) ResetSession(ctx context.Context) error {
+	if !c.socket.idle() {
+		return driver.ErrBadConn
+	}
+	return c.pqConn.ResetSession(ctx)
+}
+
+func (c *preparedConn) IsValid() bool { return !c.retired && c.pqConn.IsValid() }
+
+// prepare prepares all statements, in one order. lib/pq names them by number. Behind a pooler in transaction mode
+// other clients may meet them, so a number must mean the same statement on every connection.
+func (c *preparedConn) prepare(ctx context.Context) error {
+	if c.prepared != nil {
+		return nil
+	}
+	prepared := map[string]driver.Stmt{}
+	for _, query := range statements {
+		stmt, err := c.PrepareQuery(ctx, query)
+		if err != nil {
+			c.retired = true // its numbers would differ
+			if pq.As(err, pqerror.DuplicatePstatement) == nil {
+				return err
+			}
+			clear(prepared) // such a pooler: each query is parsed anew
+			break
 		}
-		reason := fmt.Sprint(err)
-		if err != nil && reason != last {
-			slog.Warn(what, "reason", reason)
-		}
-		last = reason
-		select {
-		case <-ctx.Done():
-		case <-ticker.C:
+		prepared[query] = stmt
+	}
+	c.prepared = prepared
+	return nil
+}
+
+func (c *preparedConn) PrepareQuery(ctx context.Context, query string) (driver.Stmt, error) {
+	return c.pqConn.PrepareContext(context.WithoutCancel(ctx), query)
+}
+
+// QueryContext runs a query, and once more where it was only prepared in vain.
+func (c *preparedConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
+	rows, err := c.query(ctx, query, args)
+	if errors.Is(err, errRepeat) {
+		return c.query(ctx, query, args)
+	}
+	return rows, err
+}
+
+// query runs a query. The error wraps errRepeat where PostgreSQL did not run it because it was prepared for a table
+// that was altered since (0A000), or is no longer prepared (26000). From then on the connection parses each query anew.
+func (c *preparedConn) query(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
+	ctx = context.WithoutCancel(ctx)
+	if slices.Contains(statements, query) {
+		if err := c.prepare(ctx); err != nil {
+			return nil, err
 		}
 	}
+	stmt := c.prepared[query]
+	if stmt == nil {
+		return c.pqConn.QueryContext(ctx, query, args)
+	}
+	rows, err := stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
+	if pq.As(err, pqerror.FeatureNotSupported, pqerror.InvalidSQLStatementName) != nil {
+		clear(c.prepared)
+		c.retired = true
+		err = fmt.Errorf("%w: %w", errRepeat, err)
+	}
+	return rows, err
+}
+
+// PrepareContext returns a statement that is ready to be sent, for a writer, which must lose no time after its
+// announcement. Its error may wrap errRepeat, as query's.
+func (c *preparedConn) PrepareContext(ctx context.Context, query string) (driver.Stmt, error) {
+	return preparedStmt{c, query}, c.prepare(ctx)
+}
+
+// A preparedStmt is a statement of a preparedConn, which keeps it when database/sql closes it.
+type preparedStmt struct {
+	conn  *preparedConn
+	query string
+}
+
+func (s preparedStmt) Close() error                               { return nil }
+func (s preparedStmt) NumInput() int                              { return -1 } // PostgreSQL counts them
+func (s preparedStmt) Exec([]driver.Value) (driver.Result, error) { return nil, driver.ErrSkip }
+func (s preparedStmt) Query([]driver.Value) (driver.Rows, error)  { return nil, driver.ErrSkip }
+
+func (s preparedStmt) QueryContext(ctx context.Context, args []driver.NamedValue) (driver.Rows, error) {
+	return s.conn.query(ctx, s.query, args)
+}
+
+// explain returns the error of a statement's row. It is errNotFound where there is none, and wraps errUnchanged where
+// PostgreSQL says ERROR: then it has rolled back. After FATAL, and where the connection is lost, nobody knows.
+func explain(err error) error {
+	if errors.Is(err, sql.ErrNoRows) {
+		return errNotFound
+	}
+	if e := pq.As(err); e != nil && !e.Fatal() {
+		return fmt.Errorf("%w: %w", errUnchanged, err)
+	}
+	return err
+}
+
+// unavailable reports whether the error of a statement means "not now", rather than that the statement is wrong.
+func unavailable(err error) bool {
+	if e := pq.As(err); e != nil {
+		switch e.Code.Class() {
+		case pqerror.ClassConnectionException,
+			pqerror.ClassTransactionRollback, // a deadlock, or a transaction that must be repeated
+			pqerror.ClassInsufficientResources,
+			pqerror.ClassObjectNotInPrerequisiteState, // a lock that is not to be had
+			pqerror.ClassOperatorIntervention,         // shutting down, starting up, a statement that took too long
+			pqerror.ClassSystemError:
+			return true
+		}
+		return errors.Is(err, errRepeat) || pq.As(err,
+			pqerror.UndefinedTable,                // the schema is not applied yet, or again
+			pqerror.ReadOnlySQLTransaction) != nil // a standby, after a failover
+	}
+	_, network := errors.AsType[net.Error](err)
+	return network || slices.ContainsFunc([]error{context.DeadlineExceeded, errTooLate, errNotConnected, driver.ErrBadConn,
+		sql.ErrConnDone, io.EOF, io.ErrUnexpectedEOF}, func(target error) bool { return errors.Is(err, target) })
 }

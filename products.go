@@ -1,19 +1,19 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
-	"database/sql/driver"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"mime"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -22,9 +22,10 @@ import (
 	"unicode/utf8"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
-// A product is as the API shows it. Its price is a json.Number, which is the digits that PostgreSQL sends for a NUMERIC: a
+// A product is as the API shows it. Its price is a json.Number, the digits that PostgreSQL sends for a NUMERIC: a
 // float would turn 0.10 into 0.1000000000000000055.
 type product struct {
 	ID          int64       `json:"id"`
@@ -37,65 +38,165 @@ type product struct {
 	UpdatedAt   time.Time   `json:"updated_at"`
 }
 
-// scan fills p from a row of the columns in the order that every statement below names them.
+// columns are those of a product, in the order in which scan reads them.
+const columns = `id, name, description, price, stock, category, created_at, updated_at`
+
+// scan fills p from a row of columns. The error is explain's: errNotFound where there is no row.
 func (p *product) scan(row interface{ Scan(...any) error }) error {
-	return row.Scan(&p.ID, &p.Name, &p.Description, &p.Price, &p.Stock, &p.Category, &p.CreatedAt, &p.UpdatedAt)
+	return explain(row.Scan(&p.ID, &p.Name, &p.Description, &p.Price, &p.Stock, &p.Category, &p.CreatedAt, &p.UpdatedAt))
 }
 
-// A productList is a list as the API shows it: all products, or a page of them. Next is the path of the next page.
-type productList struct {
-	Count    int       `json:"count"`
-	Products []product `json:"products"`
-	Next     string    `json:"next,omitempty"`
-}
+// errNotFound says that there is no product with an id.
+var errNotFound = fmt.Errorf("no such product: %w", errUnchanged)
 
-// selectProducts is for the whole list, too: LIMIT NULL is no limit.
-const selectProducts = `
-SELECT id, name, description, price, stock, category, created_at, updated_at
-FROM products
-WHERE id > $1
-ORDER BY id
-LIMIT $2`
+// statements are those that a connection prepares.
+var statements = []string{selectPage, selectCategoryPage, selectProduct, insertProduct, updateProduct, deleteProduct}
 
-// selectCategory is a statement of its own, because with "category = $3 OR $3 IS NULL" in the one above PostgreSQL could
-// not use the index of the categories.
-const selectCategory = `
-SELECT id, name, description, price, stock, category, created_at, updated_at
-FROM products
-WHERE id > $1 AND category = $3
-ORDER BY id
-LIMIT $2`
+// ---------------------------------------------------------------- lists
 
-// queryProducts runs one of the two statements above.
-func (s *server) queryProducts(ctx context.Context, query string, args ...any) (productList, error) {
-	list := productList{Products: []product{}}
+// An answer stops at about maxAnswer bytes, so that no catalogue costs more memory than the service has. minProduct is
+// less than a product without any text takes in it.
+const (
+	maxAnswer  = 4 << 20
+	minProduct = "140"
+	maxRows    = maxAnswer / 140
+)
+
+// A list, whole or a page, and what PostgreSQL need not send: rows that begin after maxAnswer bytes.
+const pageOf = `
+SELECT ` + columns + `
+FROM (SELECT *, sum(` + minProduct + ` + octet_length(name) + octet_length(description) + octet_length(category))
+                OVER (ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
+      FROM products
+      WHERE id > $1`
+
+const selectPage = pageOf + `
+      ORDER BY id
+      LIMIT $2) AS page
+WHERE coalesce(bytes_before, 0) <= $3
+ORDER BY id`
+
+// selectCategoryPage is a statement of its own, because with "category = $4 OR $4 IS NULL" in the one above PostgreSQL
+// could not use the index of the categories.
+const selectCategoryPage = pageOf + ` AND category = $4
+      ORDER BY id
+      LIMIT $2) AS page
+WHERE coalesce(bytes_before, 0) <= $3
+ORDER BY id`
+
+// encodePage reads a page from PostgreSQL and returns it as JSON: "count", "products" and, where there are more, "next".
+// It encodes row by row: a slice of products beside the body would take as much memory once more.
+func (s *server) encodePage(ctx context.Context, p page) ([]byte, error) {
+	// One row more than asked for tells whether there is a next page.
+	query, args := selectPage, []any{p.after, p.limit + 1, maxAnswer}
+	if p.category != nil {
+		query, args = selectCategoryPage, append(args, *p.category)
+	}
 	rows, err := s.db.QueryContext(ctx, query, args...)
 	if err != nil {
-		return list, err
+		return nil, err
 	}
 	defer rows.Close()
-	for rows.Next() {
-		var p product
-		if err := p.scan(rows); err != nil {
-			return list, err
+	var products bytes.Buffer
+	enc, count, next := newEncoder(&products), int64(0), ""
+	for last := p.after; rows.Next() && next == ""; {
+		var one product
+		if err := one.scan(rows); err != nil {
+			return nil, err
 		}
-		list.Products = append(list.Products, p)
+		before := products.Len()
+		if err := enc.Encode(&one); err != nil {
+			return nil, err
+		}
+		if count == p.limit || before > 0 && products.Len() > maxAnswer {
+			products.Truncate(before)
+			next = p.next(last)
+			break
+		}
+		products.Bytes()[products.Len()-1] = ',' // instead of the encoder's line end
+		count, last = count+1, one.ID
 	}
-	list.Count = len(list.Products)
-	return list, rows.Err()
-}
-
-// listProducts answers GET /products: the whole list from the cache, or a page from PostgreSQL.
-func (s *server) listProducts(w http.ResponseWriter, r *http.Request) error {
-	if r.URL.RawQuery != "" {
-		return s.listPage(w, r)
+	if err := rows.Err(); err != nil {
+		return nil, err
 	}
-	return s.respondCached(w, r, keyAll, func(ctx context.Context) ([]byte, error) {
-		list, err := s.queryProducts(ctx, selectProducts, 0, nil)
+	body := fmt.Appendf(make([]byte, 0, products.Len()+200), `{"count":%d,"products":[`, count)
+	body = append(body, bytes.TrimSuffix(products.Bytes(), []byte(","))...)
+	body = append(body, ']')
+	if next != "" {
+		path, err := encode(next)
 		if err != nil {
 			return nil, err
 		}
-		return encode(list)
+		body = append(append(body, `,"next":`...), bytes.TrimSpace(path)...)
+	}
+	return append(body, "}\n"...), nil
+}
+
+// listProducts answers GET /products: the whole list from the cache, or a page from PostgreSQL. Pages are not cached:
+// there are too many different ones, and each write would have to delete them all.
+func (s *server) listProducts(w http.ResponseWriter, r *http.Request) error {
+	if r.URL.RawQuery == "" {
+		return s.respondCached(w, r, keyAll, func(ctx context.Context) ([]byte, error) {
+			return s.encodePage(ctx, page{limit: maxRows})
+		})
+	}
+	p, err := parsePage(r.URL.RawQuery)
+	if err != nil {
+		return err
+	}
+	return s.respondBody(w, r, func() ([]byte, error) {
+		ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
+		defer cancel()
+		return s.encodePage(ctx, p)
+	})
+}
+
+// Of answers that are larger than largeAnswer, only maxLargeAnswers are on their way at a time, each for as long as its
+// client reads. A request waits for its turn for answerTimeout.
+const (
+	largeAnswer     = 256 << 10
+	maxLargeAnswers = 12
+	answerTimeout   = 12 * time.Second
+)
+
+// respondBody answers with the body that build returns. Where a large one has to wait for its turn, it is built again
+// then: a thousand clients that read slowly must not hold a thousand bodies.
+func (s *server) respondBody(w http.ResponseWriter, r *http.Request, build func() ([]byte, error)) error {
+	body, err := build()
+	if err != nil {
+		return err
+	}
+	if len(body) > largeAnswer {
+		select {
+		case s.largeAnswers <- struct{}{}:
+		default:
+			body = nil
+			select {
+			case s.largeAnswers <- struct{}{}:
+			case <-r.Context().Done():
+				return r.Context().Err()
+			case <-time.After(answerTimeout):
+				return &problem{Status: http.StatusServiceUnavailable, Detail: "too many large answers are on their way"}
+			}
+			body, err = build()
+		}
+		defer func() { <-s.largeAnswers }()
+	}
+	if err != nil {
+		return err
+	}
+	respond(w, http.StatusOK, "application/json", body)
+	return nil
+}
+
+// respondCached answers with the body of key and says where it came from. The body is the same bytes, whether it was
+// cached or not.
+func (s *server) respondCached(w http.ResponseWriter, r *http.Request, key string,
+	fillFrom func(context.Context) ([]byte, error)) error {
+	return s.respondBody(w, r, func() ([]byte, error) {
+		body, from, err := s.cache.Get(r.Context(), key, fillFrom)
+		w.Header().Set("Cache-Status", string(from))
+		return body, err
 	})
 }
 
@@ -120,17 +221,17 @@ func parsePage(rawQuery string) (page, error) {
 	}
 	for _, name := range slices.Sorted(maps.Keys(query)) {
 		value := query.Get(name)
-		ok, rule := true, ""
+		ok, accepts := true, ""
 		switch name {
 		case "category":
-			p.category, rule = &value, "text of at most 100 characters"
+			p.category, accepts = &value, "text of at most 100 characters"
 			ok = utf8.ValidString(value) && !strings.Contains(value, "\x00") && utf8.RuneCountInString(value) <= 100
 		case "limit":
-			rule = fmt.Sprintf("a number from 1 to %d", maxPage)
+			accepts = fmt.Sprintf("a number from 1 to %d", maxPage)
 			p.limit, ok = parseID(value)
 			ok = ok && p.limit <= maxPage
 		case "after":
-			rule = "an id"
+			accepts = "an id"
 			p.after, ok = parseID(value)
 		default:
 			return p, badRequest("%s is not a parameter: category, limit and after are", name)
@@ -139,7 +240,7 @@ func parsePage(rawQuery string) (page, error) {
 			return p, badRequest("%s is given more than once", name)
 		}
 		if !ok {
-			return p, badRequest("%s must be %s", name, rule)
+			return p, badRequest("%s must be %s", name, accepts)
 		}
 	}
 	return p, nil
@@ -147,50 +248,25 @@ func parsePage(rawQuery string) (page, error) {
 
 // next returns the path of the page that begins after an id.
 func (p *page) next(after int64) string {
-	query := url.Values{"limit": {strconv.FormatInt(p.limit, 10)}, "after": {strconv.FormatInt(after, 10)}}
+	query := url.Values{"limit": {strconv.FormatInt(min(p.limit, maxPage), 10)}, "after": {strconv.FormatInt(after, 10)}}
 	if p.category != nil {
 		query.Set("category", *p.category)
 	}
 	return "/products?" + query.Encode()
 }
 
-// listPage answers GET /products with a query string. Pages are not cached: there are too many different ones, and each
-// write would have to delete them all.
-func (s *server) listPage(w http.ResponseWriter, r *http.Request) error {
-	p, err := parsePage(r.URL.RawQuery)
-	if err != nil {
-		return err
-	}
-	// One row more than asked for tells whether there is a next page.
-	query, args := selectProducts, []any{p.after, p.limit + 1}
-	if p.category != nil {
-		query, args = selectCategory, append(args, *p.category)
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
-	defer cancel()
-	list, err := s.queryProducts(ctx, query, args...)
-	if err != nil {
-		return err
-	}
-	if list.Count > int(p.limit) {
-		list.Count, list.Products = int(p.limit), list.Products[:p.limit]
-		list.Next = p.next(list.Products[p.limit-1].ID)
-	}
-	return respondJSON(w, http.StatusOK, list)
-}
-
 // ---------------------------------------------------------------- one product
 
 const selectProduct = `
-SELECT id, name, description, price, stock, category, created_at, updated_at
+SELECT ` + columns + `
 FROM products
 WHERE id = $1`
 
 // getProduct answers GET /products/{id}, from the cache.
 func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
-	id, ok := parseID(r.PathValue("id"))
-	if !ok {
-		return sql.ErrNoRows
+	id, err := pathID(r)
+	if err != nil {
+		return err
 	}
 	return s.respondCached(w, r, productKey(id), func(ctx context.Context) ([]byte, error) {
 		var p product
@@ -201,35 +277,43 @@ func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// respondCached answers with the body of key and says where it came from. The body is the same bytes, whether it was
-// cached or not.
-func (s *server) respondCached(w http.ResponseWriter, r *http.Request, key string, load func(context.Context) ([]byte, error)) error {
-	body, from, err := s.cache.Get(r.Context(), key, load)
-	w.Header().Set("Cache-Status", string(from))
-	if err != nil {
-		return err
-	}
-	respond(w, http.StatusOK, "application/json", body)
-	return nil
-}
-
 // In this statement and the next, NULL stands for a field that was not sent. The casts are there because a number comes as
 // its digits: PostgreSQL turns them into a number, exactly.
 const insertProduct = `
 INSERT INTO products (name, description, price, stock, category)
 VALUES ($1, coalesce($2, ''), $3::numeric, coalesce($4::integer, 0), coalesce($5, ''))
-RETURNING id, name, description, price, stock, category, created_at, updated_at`
+RETURNING ` + columns
+
+// skipTakenIDs moves the sequence of the ids behind those that other sessions have inserted. An id so large that the
+// sequence would soon end is not worth that.
+const skipTakenIDs = `
+SELECT setval(sequence, taken)
+FROM (SELECT pg_get_serial_sequence('products', 'id')::regclass AS sequence) AS s,
+     LATERAL (SELECT nextval(sequence) AS next,
+                     (SELECT max(id) FROM products WHERE id < 1::bigint << 62) AS taken) AS ids
+WHERE taken >= next`
 
 // createProduct answers POST /products. The new product can be in no cache yet, but the list can.
 func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
-	f, err := readFields(w, r, true)
+	f, err := readFields(r, true)
 	if err != nil {
 		return err
 	}
 	var p product
-	err = s.cache.Write(r.Context(), []string{keyAll}, func(ctx context.Context, conn *sql.Conn) error {
-		return p.scan(conn.QueryRowContext(ctx, insertProduct, f["name"], f["description"], f["price"], f["stock"], f["category"]))
-	})
+	create := func(ctx context.Context, stmt *sql.Stmt) error {
+		return p.scan(stmt.QueryRowContext(ctx, f.Name, f.Description, f.Price, f.Stock, f.Category))
+	}
+	// Rows that were imported with ids of their own may have the one that comes next. Nothing was created then. Others
+	// may move the sequence at the same time, so one more try need not be enough.
+	for range 20 {
+		err = s.cache.Write(r.Context(), []string{keyAll}, insertProduct, create)
+		if e := pq.As(err, pqerror.UniqueViolation); e == nil || e.Constraint != "products_pkey" {
+			break
+		}
+		if _, err := s.db.ExecContext(r.Context(), skipTakenIDs); err != nil {
+			return err
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -246,24 +330,24 @@ SET name        = coalesce($2, name),
     category    = coalesce($6, category),
     updated_at  = clock_timestamp() -- now() is when the statement began, maybe long before it got the row's lock
 WHERE id = $1
-RETURNING id, name, description, price, stock, category, created_at, updated_at`
+RETURNING ` + columns
 
 // updateProduct answers PUT /products/{id}. It is one statement: to read the row first and to write it back would lose
-// what somebody else changed in between.
+// what another client changed in between.
 func (s *server) updateProduct(w http.ResponseWriter, r *http.Request) error {
-	id, ok := parseID(r.PathValue("id"))
-	if !ok {
-		return sql.ErrNoRows
+	id, err := pathID(r)
+	if err != nil {
+		return err
 	}
-	f, err := readFields(w, r, false)
+	f, err := readFields(r, false)
 	if err != nil {
 		return err
 	}
 	var p product
-	err = s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, func(ctx context.Context, conn *sql.Conn) error {
-		return p.scan(conn.QueryRowContext(ctx, updateProduct, id, f["name"], f["description"], f["price"], f["stock"], f["category"]))
-	})
-	if err != nil {
+	update := func(ctx context.Context, stmt *sql.Stmt) error {
+		return p.scan(stmt.QueryRowContext(ctx, id, f.Name, f.Description, f.Price, f.Stock, f.Category))
+	}
+	if err := s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, updateProduct, update); err != nil {
 		return err
 	}
 	return respondJSON(w, http.StatusOK, &p)
@@ -272,26 +356,25 @@ func (s *server) updateProduct(w http.ResponseWriter, r *http.Request) error {
 const deleteProduct = `
 DELETE FROM products
 WHERE id = $1
-RETURNING id`
+RETURNING ` + columns
 
 // deleteProduct answers DELETE /products/{id}.
 func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
-	id, ok := parseID(r.PathValue("id"))
-	if !ok {
-		return sql.ErrNoRows
-	}
-	err := s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, func(ctx context.Context, conn *sql.Conn) error {
-		var deleted int64
-		return conn.QueryRowContext(ctx, deleteProduct, id).Scan(&deleted)
-	})
+	id, err := pathID(r)
 	if err != nil {
+		return err
+	}
+	remove := func(ctx context.Context, stmt *sql.Stmt) error {
+		return new(product).scan(stmt.QueryRowContext(ctx, id))
+	}
+	if err := s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, deleteProduct, remove); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
-// clearCache answers DELETE /cache/clear. It deletes this service's keys only: others may use the same Redis.
+// clearCache answers DELETE /cache/clear. It deletes this service's keys only: other programs may use the same Redis.
 func (s *server) clearCache(w http.ResponseWriter, r *http.Request) error {
 	cleared, err := s.cache.Clear()
 	if err != nil {
@@ -309,59 +392,99 @@ func parseID(text string) (int64, bool) {
 	return id, err == nil && id > 0 && strconv.FormatInt(id, 10) == text
 }
 
-// fields are what a body sets, by name: a text, or a number's digits as they were sent. A field that was not sent is nil,
-// which is NULL in a statement.
-type fields map[string]*string
-
-// A rule is what a field must be. A value of the wrong type is a 400, since the body cannot be understood; one that breaks
-// the rule is a 422, which names the field and says the rule.
-type rule struct {
-	number, required bool // required when a product is created
-	valid            func(string) bool
-	says             string
-}
-
-// A price stays digits from the body to PostgreSQL, so it is exact.
-var rules = map[string]rule{
-	"name":        {required: true, valid: hasLength(1, 200), says: "must have from 1 to 200 characters"},
-	"description": {valid: hasLength(0, 2000), says: "must have at most 2000 characters"},
-	"category":    {valid: hasLength(0, 100), says: "must have at most 100 characters"},
-	"price": {number: true, required: true, valid: regexp.MustCompile(`^[0-9]{1,8}(\.[0-9]{1,2})?$`).MatchString,
-		says: "must be a number from 0 to 99999999.99 with at most 2 decimals"},
-	"stock": {number: true, valid: isStock, says: "must be a whole number from 0 to 2147483647"},
-}
-
-// hasLength returns a function that reports whether a text has from min to max characters.
-func hasLength(min, max int) func(string) bool {
-	return func(text string) bool {
-		n := utf8.RuneCountInString(text)
-		return n >= min && n <= max
+// pathID returns the id in a request's path. The error is errNotFound: no product has another kind of id.
+func pathID(r *http.Request) (int64, error) {
+	id, ok := parseID(r.PathValue("id"))
+	if !ok {
+		return 0, errNotFound
 	}
+	return id, nil
 }
 
-// isStock reports whether digits are a whole number that PostgreSQL's type integer can hold.
-func isStock(digits string) bool {
-	_, err := strconv.ParseUint(digits, 10, 31)
-	return err == nil
+// ---------------------------------------------------------------- bodies
+
+// fields are what a body sets. What the service sets itself is ignored, so that a client can change what it has read
+// and send it back.
+type fields struct {
+	Name        text   `json:"name"`
+	Description text   `json:"description"`
+	Price       digits `json:"price"`
+	Stock       digits `json:"stock"`
+	Category    text   `json:"category"`
+
+	ID        json.RawMessage `json:"id"`
+	CreatedAt json.RawMessage `json:"created_at"`
+	UpdatedAt json.RawMessage `json:"updated_at"`
+}
+
+// A text is a string that was sent, or not: then it is NULL in a statement.
+type text struct{ sql.NullString }
+
+// UnmarshalJSON refuses what is no string, and a NUL, which PostgreSQL cannot store. encoding/json adds the name of the
+// field to an UnmarshalTypeError.
+func (t *text) UnmarshalJSON(value []byte) error {
+	if value[0] != '"' {
+		return &json.UnmarshalTypeError{Value: kind(value), Type: reflect.TypeFor[string]()}
+	}
+	t.Valid = true
+	if err := json.Unmarshal(value, &t.String); err != nil {
+		return err
+	}
+	if strings.Contains(t.String, "\x00") {
+		return &json.UnmarshalTypeError{Value: "a string with a NUL", Type: reflect.TypeFor[string]()}
+	}
+	return nil
+}
+
+// A digits is a number that was sent, as it was written, or NULL. So a price is exact from the body to PostgreSQL.
+type digits struct{ sql.NullString }
+
+// UnmarshalJSON refuses what is no number.
+func (d *digits) UnmarshalJSON(value []byte) error {
+	if value[0] != '-' && (value[0] < '0' || value[0] > '9') {
+		return &json.UnmarshalTypeError{Value: kind(value), Type: reflect.TypeFor[json.Number]()}
+	}
+	d.Valid, d.String = true, string(value)
+	return nil
+}
+
+// kind names what a JSON value is.
+func kind(value []byte) string {
+	switch value[0] {
+	case '"':
+		return "a string"
+	case '{':
+		return "an object"
+	case '[':
+		return "an array"
+	case 't', 'f':
+		return "a boolean"
+	case 'n':
+		return "null"
+	}
+	return "a number"
 }
 
 // maxBody is how many bytes a request's body may have.
 const maxBody = 1 << 20
 
 // readFields reads, decodes and checks a request's body, which must be JSON. The error is a problem.
-func readFields(w http.ResponseWriter, r *http.Request, creating bool) (fields, error) {
-	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
-		return nil, &problem{Status: http.StatusUnsupportedMediaType, Detail: "send Content-Type: application/json"}
+func readFields(r *http.Request, creating bool) (fields, error) {
+	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
+		return fields{}, &problem{Status: http.StatusUnsupportedMediaType, Detail: "send the body without Content-Encoding: it may not be compressed"}
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
+		return fields{}, &problem{Status: http.StatusUnsupportedMediaType, Detail: "send Content-Type: application/json"}
+	}
+	body, err := io.ReadAll(r.Body)
 	if _, large := errors.AsType[*http.MaxBytesError](err); large {
-		return nil, &problem{Status: http.StatusRequestEntityTooLarge, Detail: "the body is larger than 1 MiB"}
+		return fields{}, &problem{Status: http.StatusRequestEntityTooLarge, Detail: "the body is larger than 1 MiB"}
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return nil, &problem{Status: http.StatusRequestTimeout, Detail: "the body took too long to arrive"}
+		return fields{}, &problem{Status: http.StatusRequestTimeout, Detail: "the body took too long to arrive"}
 	}
 	if err != nil {
-		return nil, badRequest("the body could not be read")
+		return fields{}, badRequest("the body could not be read")
 	}
 	f, err := decodeFields(body)
 	if err == nil {
@@ -370,142 +493,67 @@ func readFields(w http.ResponseWriter, r *http.Request, creating bool) (fields, 
 	return f, err
 }
 
-// decodeFields decodes a body, which must be one JSON object. Unlike encoding/json by itself, it takes a name only as it is
-// written, and neither an unknown one nor null. Names are looked at in their order, so that the same body always gets
-// the same error. The error is a problem.
-func decodeFields(body []byte) (fields, error) {
+// decodeFields decodes a body, which must be one JSON object with known fields of the right types. The error is a
+// problem.
+func decodeFields(body []byte) (f fields, err error) {
 	if !utf8.Valid(body) {
-		return nil, badRequest("the body is not valid UTF-8")
+		return f, badRequest("the body is not valid UTF-8")
 	}
-	var sent map[string]json.RawMessage
-	if err := json.Unmarshal(body, &sent); err != nil || sent == nil {
-		return nil, badRequest("the body must be one JSON object")
+	if !bytes.HasPrefix(bytes.TrimLeft(body, " \t\r\n"), []byte("{")) || !json.Valid(body) {
+		return f, badRequest("the body must be one JSON object")
 	}
-	f := fields{}
-	for _, name := range slices.Sorted(maps.Keys(sent)) {
-		rule, known := rules[name]
-		value := string(sent[name])
-		switch first := value[0]; {
-		case !known:
-			return nil, badRequest("%q is not a field", name)
-		case rule.number && first != '-' && (first < '0' || first > '9'):
-			return nil, badRequest("%s must be a number", name)
-		case !rule.number && first != '"':
-			return nil, badRequest("%s must be a string", name)
-		case !rule.number:
-			if err := json.Unmarshal(sent[name], &value); err != nil || strings.Contains(value, "\x00") {
-				return nil, badRequest("%s contains a NUL, which PostgreSQL cannot store", name)
-			}
+	dec := json.NewDecoder(bytes.NewReader(body))
+	dec.DisallowUnknownFields()
+	err = dec.Decode(&f)
+	if wrong, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		wanted := "a string"
+		if wrong.Type == reflect.TypeFor[json.Number]() {
+			wanted = "a number"
 		}
-		f[name] = &value
+		return f, badRequest("%s must be %s, not %s", wrong.Field, wanted, wrong.Value)
+	}
+	if err != nil { // the only other one, which has no type of its own
+		return f, badRequest("%s is not a field", strings.TrimPrefix(err.Error(), "json: unknown field "))
 	}
 	return f, nil
 }
 
+var isPrice = regexp.MustCompile(`^[0-9]{1,8}(\.[0-9]{1,2})?$`).MatchString
+
+// isStock reports whether digits are a whole number that PostgreSQL's type integer can hold.
+func isStock(digits string) bool {
+	_, err := strconv.ParseUint(digits, 10, 31)
+	return err == nil
+}
+
+// hasLength reports whether a text has from min to max characters.
+func hasLength(text string, min, max int) bool {
+	n := utf8.RuneCountInString(text)
+	return n >= min && n <= max
+}
+
 // check trims the name and holds the fields against their rules. The error is a problem that names every field at fault.
-func (f fields) check(creating bool) error {
-	if name := f["name"]; name != nil {
-		*name = strings.TrimSpace(*name)
-	}
-	faults := map[string]string{}
-	for name, rule := range rules {
-		if value := f[name]; value != nil && !rule.valid(*value) {
-			faults[name] = rule.says
-		} else if value == nil && rule.required && creating {
+func (f *fields) check(creating bool) error {
+	f.Name.String = strings.TrimSpace(f.Name.String)
+	faults, sent := map[string]string{}, false
+	rule := func(name string, field sql.NullString, required, valid bool, message string) {
+		sent = sent || field.Valid
+		if field.Valid && !valid {
+			faults[name] = message
+		} else if !field.Valid && required && creating {
 			faults[name] = "is required"
 		}
 	}
+	rule("name", f.Name.NullString, true, hasLength(f.Name.String, 1, 200), "must have from 1 to 200 characters")
+	rule("description", f.Description.NullString, false, hasLength(f.Description.String, 0, 2000), "must have at most 2000 characters")
+	rule("category", f.Category.NullString, false, hasLength(f.Category.String, 0, 100), "must have at most 100 characters")
+	rule("price", f.Price.NullString, true, isPrice(f.Price.String), "must be a number from 0 to 99999999.99 with at most 2 decimals")
+	rule("stock", f.Stock.NullString, false, isStock(f.Stock.String), "must be a whole number from 0 to 2147483647")
 	if len(faults) > 0 {
 		return &problem{Status: http.StatusUnprocessableEntity, Detail: "some fields are not valid", Errors: faults}
 	}
-	if len(f) == 0 {
+	if !sent {
 		return &problem{Status: http.StatusUnprocessableEntity, Detail: "no field to change was sent"}
 	}
 	return nil
-}
-
-// ---------------------------------------------------------------- statements
-
-// errTooLate says that a statement was not sent because it was too late for it.
-var errTooLate = errors.New("too late to send the statement")
-
-// errNotConnected says that there is no connection to PostgreSQL. The reason is only text in it: lib/pq hides the kind of
-// some, and they all mean the same here.
-var errNotConnected = errors.New("could not connect to PostgreSQL")
-
-// sendBefore is the key under which a context says until when a statement may be sent. Unlike a context's own deadline
-// it does not end a statement that has been sent.
-type sendBefore struct{}
-
-// A preparer makes connections that prepare each query when they get it for the first time, so that PostgreSQL parses and
-// plans it once and not for every request. All queries are constants, so there are only a few.
-type preparer struct{ driver.Connector }
-
-func (p preparer) Connect(ctx context.Context) (driver.Conn, error) {
-	conn, err := p.Connector.Connect(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %v", errNotConnected, err)
-	}
-	return &preparingConn{conn.(pqConn), map[string]driver.Stmt{}}, nil
-}
-
-// A pqConn is all that database/sql uses of a connection.
-type pqConn interface {
-	driver.Conn
-	driver.ConnPrepareContext
-	driver.ExecerContext
-	driver.SessionResetter
-	driver.Validator
-}
-
-// A preparingConn is a connection of a preparer.
-type preparingConn struct {
-	pqConn
-	prepared map[string]driver.Stmt
-}
-
-// QueryContext sends a query unless it is too late by the context's sendBefore: then the error is errTooLate. Once it is
-// sent the context does not end it. Only statement_timeout does, at which PostgreSQL says that it has not made the
-// change; lib/pq would break the connection off instead, and nobody would know.
-func (c *preparingConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
-	stmt := c.prepared[query]
-	if stmt == nil {
-		var err error
-		if stmt, err = c.PrepareContext(ctx, query); err != nil {
-			return nil, err
-		}
-		c.prepared[query] = stmt
-	}
-	if deadline, ok := ctx.Value(sendBefore{}).(time.Time); ok && time.Now().After(deadline) {
-		return nil, errTooLate
-	}
-	rows, err := stmt.(driver.StmtQueryContext).QueryContext(context.WithoutCancel(ctx), args)
-	if e := pq.As(err); e != nil && e.Code == "0A000" { // the table was altered, and the statement not run
-		return nil, driver.ErrBadConn
-	}
-	return rows, err
-}
-
-// unavailable reports whether the error of a statement means that PostgreSQL cannot be used now, rather than that the
-// statement is wrong.
-func unavailable(err error) bool {
-	if e := pq.As(err); e != nil {
-		// Connection exceptions, out of resources, and an operator's intervention, which covers shutting down, starting
-		// up and a statement that took too long; and the schema not applied yet.
-		return slices.Contains([]string{"08", "53", "57"}, string(e.Code.Class())) || e.Code == "42P01"
-	}
-	_, network := errors.AsType[net.Error](err)
-	return network || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, errTooLate) || errors.Is(err, errNotConnected) ||
-		errors.Is(err, driver.ErrBadConn) || errors.Is(err, sql.ErrConnDone) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
-}
-
-// outcomeUnknown reports whether a statement that ended with err may have been committed, or may yet be: when
-// PostgreSQL did not say that it refused it, but the connection was lost or nothing came back in time. The writer's
-// marks then stay until they expire, which is after the last moment at which it can be committed.
-func outcomeUnknown(err error) bool {
-	if err == nil || errors.Is(err, sql.ErrNoRows) || errors.Is(err, errTooLate) {
-		return false
-	}
-	refusal := pq.As(err)
-	return refusal == nil || refusal.Fatal()
 }

@@ -1,6 +1,6 @@
--- The whole schema. The service applies it when it starts, in one transaction; every statement may
--- run again without harm, and without a lock that would make a starting replica wait for somebody's
--- open transaction.
+-- The whole schema. The service applies it when it starts, and again when it finds the triggers missing, in one
+-- transaction. Every statement may run again without harm. It waits for nobody's lock: it is tried again.
+SET LOCAL lock_timeout = '200ms';
 
 -- Replicas that start together take turns.
 SELECT pg_advisory_xact_lock(hashtext('desafio3 schema'));
@@ -22,27 +22,45 @@ CREATE INDEX IF NOT EXISTS products_category_id ON products (category, id);
 -- What other sessions change (psql, a migration), the service hears of here and drops from the cache.
 -- It takes care of its own writes itself, because NOTIFY makes commits wait for one another; a writer
 -- that cannot reach Redis writes under another name, so that the trigger tells the replicas that can.
-CREATE OR REPLACE FUNCTION products_notify() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    IF TG_OP = 'TRUNCATE' THEN
-        PERFORM pg_notify('products', '');  -- no id: everything
-        RETURN NULL;
-    END IF;
-    IF TG_OP <> 'INSERT' THEN
-        PERFORM pg_notify('products', OLD.id::text);
-    END IF;
-    IF TG_OP <> 'DELETE' THEN
-        PERFORM pg_notify('products', NEW.id::text);  -- PostgreSQL sends equal ones of a transaction once
-    END IF;
-    RETURN NULL;
-END $$;
-
 DO $$
 BEGIN
+    -- Not replaced where it is: replicas would take it for another one, and drop their caches.
+    IF to_regprocedure('products_notify()') IS NULL THEN
+        CREATE FUNCTION products_notify() RETURNS trigger LANGUAGE plpgsql AS $function$
+        BEGIN
+            IF TG_OP = 'TRUNCATE' THEN
+                PERFORM pg_notify('products', '');  -- no id: everything
+                RETURN NULL;
+            END IF;
+            IF TG_OP <> 'INSERT' THEN
+                PERFORM pg_notify('products', OLD.id::text);
+            END IF;
+            IF TG_OP <> 'DELETE' THEN
+                PERFORM pg_notify('products', NEW.id::text);  -- PostgreSQL sends equal ones of a transaction once
+            END IF;
+            RETURN NULL;
+        END $function$;
+    END IF;
     IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'products'::regclass AND tgname = 'products_changed') THEN
         CREATE TRIGGER products_changed AFTER INSERT OR UPDATE OR DELETE ON products FOR EACH ROW
             WHEN (current_setting('application_name') <> 'desafio3') EXECUTE FUNCTION products_notify();
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'products'::regclass AND tgname = 'products_truncated') THEN
         CREATE TRIGGER products_truncated AFTER TRUNCATE ON products
             EXECUTE FUNCTION products_notify();
+    END IF;
+    -- ALWAYS: they speak for replication, too, and where a session sets session_replication_role.
+    IF EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'products'::regclass AND tgenabled <> 'A'
+               AND tgname IN ('products_changed', 'products_truncated')) THEN
+        ALTER TABLE products ENABLE ALWAYS TRIGGER products_changed, ENABLE ALWAYS TRIGGER products_truncated;
+    END IF;
+    -- JSON has no infinity and no year 10000. Rows from before get the nearest date that it has.
+    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'products'::regclass AND conname = 'products_dates') THEN
+        UPDATE products
+        SET created_at = greatest(least(created_at, '9999-12-31Z'), '0001-01-02Z'),
+            updated_at = greatest(least(updated_at, '9999-12-31Z'), '0001-01-02Z')
+        WHERE NOT (created_at BETWEEN '0001-01-02Z' AND '9999-12-31Z' AND updated_at BETWEEN '0001-01-02Z' AND '9999-12-31Z');
+        ALTER TABLE products ADD CONSTRAINT products_dates
+            CHECK (created_at BETWEEN '0001-01-02Z' AND '9999-12-31Z' AND updated_at BETWEEN '0001-01-02Z' AND '9999-12-31Z') NOT VALID;
     END IF;
 END $$;
