@@ -209,7 +209,7 @@ func binaries(b *testing.B) []string {
 
 // catalogue makes a database with so many products.
 func catalogue(b *testing.B, products int) config {
-	cfg := withDatabase(b, testConfig())
+	_, cfg := ownServers(b)
 	db := psql(b, cfg)
 	must(db.Exec(schema))
 	must(db.Exec(`INSERT INTO products (name, description, price, stock, category)
@@ -253,7 +253,9 @@ func textbook() http.Handler {
 		"password='$POSTGRES_PASSWORD' sslmode=disable binary_parameters=yes application_name=desafio3")))
 	db.SetMaxOpenConns(poolSize())
 	db.SetMaxIdleConns(poolSize())
-	pool := &redis.Pool{MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, Dial: dialRedis}
+	pool := &redis.Pool{MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, Dial: func() (redis.Conn, error) {
+		return redis.Dial("tcp", os.ExpandEnv("$REDIS_HOST:$REDIS_PORT"))
+	}}
 	mux := http.NewServeMux()
 	mux.HandleFunc("PUT /products/{id}", func(w http.ResponseWriter, r *http.Request) {
 		var p product
@@ -269,10 +271,6 @@ func textbook() http.Handler {
 		check(respondJSON(w, http.StatusOK, p))
 	})
 	return mux
-}
-
-func dialRedis() (redis.Conn, error) {
-	return redis.Dial("tcp", os.ExpandEnv("$REDIS_HOST:$REDIS_PORT"))
 }
 
 // ---------------------------------------------------------------- the benchmarks
@@ -326,7 +324,7 @@ func BenchmarkRequests(b *testing.B) {
 				for _, clients := range s.clients {
 					b.Run(fmt.Sprintf("%s/%s/clients=%d", s.name, s.reference, clients), func(b *testing.B) {
 						if s.name == listCleared {
-							go clearList(b.Context())
+							go clearList(b.Context(), cfg)
 						}
 						seconds := max(secondsEach, products/10_000)
 						if s.rate > 0 {
@@ -374,8 +372,8 @@ func medians(rounds []measurement) (median measurement) {
 }
 
 // clearList takes the list out of Redis 200 times a second.
-func clearList(ctx context.Context) {
-	conn := must(dialRedis())
+func clearList(ctx context.Context, cfg config) {
+	conn := must(redis.Dial("tcp", net.JoinHostPort(cfg.redisHost, cfg.redisPort)))
 	defer conn.Close()
 	for ; ctx.Err() == nil; time.Sleep(5 * time.Millisecond) {
 		must(conn.Do("DEL", keyAll))

@@ -144,21 +144,21 @@ func TestRedisUnfit(t *testing.T) {
 
 // TestPostgresFails stops PostgreSQL and starts it again: errors that say so at once, then back by itself.
 func TestPostgresFails(t *testing.T) {
-	cfg := withDatabase(t, testConfig())
+	_, cfg := ownServers(t)
 	s := startServer(t, cfg)
 	path := s.create(`{"name":"a","price":1}`)
 	s.wantSource(miss, path)
 	s.wantSource(hit, path)
 
-	t.Cleanup(func() { postgres(startPostgres) }) // does nothing where it runs
-	postgres(stopPostgres)
+	t.Cleanup(startPostgres) // also if the test fails before that
+	stopPostgres()
 	eventually(t, "trust has ended", func() bool { return !s.cache.trusted() })
 	wantAllUnavailable(t, s, time.Second)
 	s.want(200, "GET", "/", "")
 	s.want(200, "GET", "/services", "")
 	s.wantHealth(503, "unhealthy", "disconnected", "connected")
 
-	postgres(startPostgres)
+	startPostgres()
 	back := time.Now()
 	eventually(t, "a write works", func() bool { return s.send("PUT", path, `{"stock":2}`).status == 200 })
 	s.awaitHit(path)
@@ -498,11 +498,10 @@ func TestUnixSocket(t *testing.T) {
 
 // TestPing is `web ping`, and the same under the name of ping.
 func TestPing(t *testing.T) {
-	t.Parallel()
-	cfg := testConfig()
+	_, cfg := alone(t)
 	link := t.TempDir() + "/ping"
 	check(os.Symlink(os.Args[0], link))
-	wantExit(t, 0, "1 tries, 1 connected", os.Args[0], nil, "ping", "-c", "1", cfg.postgresHost)
+	wantExit(t, 0, "1 tries, 1 connected", os.Args[0], []string{"REDIS_PORT=" + cfg.redisPort}, "ping", "-c", "1", cfg.postgresHost)
 	wantExit(t, 0, "2 tries, 2 connected", link, nil, "-c", "2", net.JoinHostPort(cfg.redisHost, cfg.redisPort))
 	wantExit(t, 1, "1 tries, 0 connected", link, nil, "-c", "1", "127.0.0.1:1")
 	wantExit(t, 2, "HOST:PORT", link, nil, "somewhere")
@@ -525,7 +524,7 @@ func (w waiter) Done() <-chan struct{} {
 // wait for a lookup. They cost two queries at most, which PostgreSQL counts, hit or miss, and each answer says where it came
 // from; so does an error that they share, for the race detector to watch.
 func TestHerd(t *testing.T) {
-	cfg := withDatabase(t, testConfig())
+	_, cfg := ownServers(t)
 	redis := startProxy(t, net.JoinHostPort(cfg.redisHost, cfg.redisPort), nil)
 	cfg.redisPort = redis.port
 	s := startServer(t, cfg)

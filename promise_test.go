@@ -108,8 +108,7 @@ func (p *promise) judge(t *testing.T, it *item, version, floor int, from string,
 }
 
 func newPromise(t *testing.T, seed uint64) *promise {
-	r, cfg := startRedis(t, testConfig())
-	cfg = withDatabase(t, cfg)
+	r, cfg := ownServers(t)
 	p := &promise{redis: r, psql: psql(t, cfg), rnd: rand.New(rand.NewPCG(seed, 0))}
 	// Now and then something takes a while, so that what is a matter of microseconds elsewhere happens often here.
 	delay := func([]byte) {
@@ -324,7 +323,7 @@ func (p *promise) silence(*testing.T) {
 // restartPostgres crashes PostgreSQL.
 func (p *promise) restartPostgres(*testing.T) {
 	p.sleep(50 * time.Millisecond)
-	postgres(stopPostgres + startPostgres)
+	startPostgres()
 }
 
 // kill ends a replica without a warning, wherever it is, and starts it again.
