@@ -44,12 +44,13 @@ func TestMain(m *testing.M) {
 	}
 	slog.SetDefault(slog.New(slog.DiscardHandler))
 	setEnvironment()
-	guard.Args = append(guard.Args, folder)
+	input, end, err := os.Pipe()
+	check(err)
+	guard.Args, guard.Stdin, alive = append(guard.Args, folder), input, end
 	guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	guarded := must(guard.StdinPipe())
 	check(guard.Start())
 	m.Run()
-	check(guarded.Close())
+	check(alive.Close())
 	_ = guard.Wait() // it kills itself, too
 }
 
@@ -69,6 +70,10 @@ func setEnvironment() {
 			name, _, _ := strings.Cut(variable, "=")
 			check(os.Unsetenv(name))
 		}
+	}
+	for claim == nil {
+		firstPort = 20_000 + 400*rand.Int64N(30)
+		claim, _ = net.Listen("tcp", fmt.Sprint("127.0.0.1:", firstPort)) // fails if another run has this block
 	}
 	// Everyone may enter /tmp, also the user postgres, and the path of a Unix socket there is short enough for macOS.
 	folder = must(os.MkdirTemp("/tmp", "desafio3-"))
@@ -96,10 +101,12 @@ var (
 	folder    string // for all files of these tests and their servers
 	databases atomic.Int64
 	ports     atomic.Int64
-	firstPort = rand.Int64N(10_000)
+	firstPort int64        // of a block of 400 below the range that outgoing connections use
+	claim     net.Listener // on that port: the others are this run's
 	// The guard ends what tests have started when this process has ended, also by a panic or a kill, after which no
 	// clean-up runs. It is a shell whose input ends with this process. It stops PostgreSQL, whose processes leave the
 	// guard's group; removes the folder, in which something may still be written; and kills its group, which each child joins.
+	alive  *os.File // the other end of its input
 	guard  = exec.Command("sh", "-c", `cat; while kill -QUIT $(head -n 1 "$0/data/postmaster.pid"); do sleep 0.1; done; until rm -rf "$0"; do sleep 0.1; done; kill -9 0`)
 	client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 1000}}
 )
@@ -456,11 +463,11 @@ func listen(t testing.TB) (l net.Listener, port string) {
 	return l, port
 }
 
-// freePort returns a port that nobody listens on, each only once, from below the range that outgoing connections use:
-// a server may be stopped and started again there.
+// freePort returns a port that nobody listens on, each only once as long as a run needs fewer than 400: a server may be
+// stopped and started again there.
 func freePort() string {
 	for {
-		port := fmt.Sprint(20_000 + (firstPort+ports.Add(1))%12_000)
+		port := fmt.Sprint(firstPort + 1 + ports.Add(1)%399)
 		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
 			l.Close()
 			return port
@@ -578,7 +585,8 @@ var makePostgres = sync.OnceFunc(func() {
 	}
 	password := filepath.Join(folder, "password")
 	check(os.WriteFile(password, []byte(os.Getenv("POSTGRES_PASSWORD")), 0o644))
-	pgCtl("init", "-o", "-U postgres -A scram-sha-256 --pwfile="+password+" -E UTF8 --no-locale --no-sync")
+	// Killed halfway, this would leave shared memory behind. So the guard waits for its end, too.
+	pgCtl([]*os.File{alive}, "init", "-o", "-U postgres -A scram-sha-256 --pwfile="+password+" -E UTF8 --no-locale --no-sync")
 	startPostgres()
 })
 
@@ -588,23 +596,47 @@ func startPostgres() {
 	if benchmarking() {
 		fsync = "on"
 	}
-	pgCtl("restart", "-m", "immediate", "-o", "-c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=500"+
+	pgCtl(nil, "restart", "-m", "immediate", "-o", "-c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=500"+
 		" -c port="+os.Getenv("POSTGRES_PORT")+" -c fsync="+fsync)
 }
 
 // stopPostgres makes PostgreSQL crash. A test that does so must not run beside others.
-func stopPostgres() { pgCtl("stop", "-m", "immediate") }
+func stopPostgres() { pgCtl(nil, "stop", "-m", "immediate") }
 
-// pgCtl runs PostgreSQL's own command for that.
-func pgCtl(args ...string) {
+// pgCtl runs PostgreSQL's own command for that, with files that it keeps open.
+func pgCtl(open []*os.File, args ...string) {
 	path := filepath.Join(folder, "postgres.log")
 	log := must(os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)) // not a pipe: the server keeps it open
 	defer log.Close()
 	cmd := newChild(nil, program("pg_ctl"), append(args, "-D", filepath.Join(folder, "data"))...).unprivileged()
-	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = log, log, open
 	if err := cmd.Run(); err != nil {
 		panic(fmt.Sprintf("pg_ctl %v: %v\n%s", args, err, must(os.ReadFile(path))))
 	}
+}
+
+// startPgBouncer starts a PgBouncer as Debian installs it before cfg's PostgreSQL, and returns cfg with its address. Lines
+// of its configuration may be added, as "pool_mode = transaction".
+func startPgBouncer(t testing.TB, cfg config, lines ...string) config {
+	t.Helper()
+	port := freePort()
+	file := filepath.Join(folder, "pgbouncer-"+port)
+	check(os.WriteFile(file, fmt.Appendf(nil, `[databases]
+		* = host=%s port=%s user=%s password=%s
+		[pgbouncer]
+		listen_addr = 127.0.0.1
+		listen_port = %s
+		unix_socket_dir =
+		auth_type = any
+		%s`, cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, port, strings.Join(lines, "\n")), 0o644))
+	c := newChild(nil, program("pgbouncer"), "-q", file).unprivileged()
+	c.Stdout, c.Stderr = os.Stderr, os.Stderr
+	check(c.Start())
+	t.Cleanup(c.kill)
+	cfg.postgresHost, cfg.postgresPort = "127.0.0.1", port
+	db := psql(t, cfg)
+	eventually(t, "PgBouncer answers", func() bool { return db.Ping() == nil })
+	return cfg
 }
 
 // A proxy stands between the service and a server. It can let connections fall silent, which keeps what is sent until
