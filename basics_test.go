@@ -34,24 +34,18 @@ func TestUnitSettings(t *testing.T) {
 
 // TestUnitPaging sends queries that must be refused. Of several faults the service always reports the same one.
 func TestUnitPaging(t *testing.T) {
-	refuse := func(query, says string) {
-		t.Helper()
-		_, err := parsePage(query)
-		if p, ok := errors.AsType[*problem](err); !ok || p.Status != http.StatusBadRequest || !strings.Contains(p.Detail, says) {
-			t.Errorf("%s: %v, and not %q", query, err, says)
-		}
-	}
 	for says, queries := range map[string]string{
 		"malformed": "category=a;b %zz", "more than once": "limit=1&limit=2", "colour": "colour=red",
-		"limit": "limit=0 limit=1001 limit=x limit=+1 limit=01", "after": "after=-1 after=0 after=x",
+		"limit":    "limit=0 limit=1001 limit=x limit=+1 limit=01",
+		"after":    "after=-1 after=0 after=x" + strings.Repeat(" limit=0&after=x&category=%00&colour=red&size=1", 50),
 		"category": "category=%00 category=%ff category=" + strings.Repeat("a", 101),
 	} {
 		for query := range strings.FieldsSeq(queries) {
-			refuse(query, says)
+			_, err := parsePage(query)
+			if p, ok := errors.AsType[*problem](err); !ok || p.Status != http.StatusBadRequest || !strings.Contains(p.Detail, says) {
+				t.Errorf("%s: %v, and not %q", query, err, says)
+			}
 		}
-	}
-	for range 50 {
-		refuse("limit=0&after=x&category=%00&colour=red&size=1", "after")
 	}
 }
 

@@ -64,45 +64,31 @@ func setDefault(name, value string) {
 // setEnvironment replaces the developer's environment, in which there may be other servers and passwords. Only what Go
 // needs and what these tests read themselves stays. The rest is the configuration of tests and children.
 func setEnvironment() {
-	kept := regexp.MustCompile(`^(PATH|HOME|GO\w*|SEED|PROMISE|HISTORY)=`)
+	kept := regexp.MustCompile(`^(PATH|HOME|GO\w*|SEED|PROMISE|HISTORY)$`)
 	for _, variable := range os.Environ() {
-		if !kept.MatchString(variable) {
-			name, _, _ := strings.Cut(variable, "=")
+		if name, _, _ := strings.Cut(variable, "="); !kept.MatchString(name) {
 			check(os.Unsetenv(name))
 		}
 	}
-	for claim == nil {
-		firstPort = 20_000 + 400*rand.Int64N(30)
-		claim, _ = net.Listen("tcp", fmt.Sprint("127.0.0.1:", firstPort)) // fails if another run has this block
+	path := []string{os.Getenv("PATH"), "/usr/sbin"}
+	for _, servers := range []string{"/usr/lib/postgresql/*/bin", "/opt/homebrew/opt/postgresql*/bin", "/usr/local/opt/postgresql*/bin"} {
+		path = append(path, must(filepath.Glob(servers))...)
 	}
 	// Everyone may enter /tmp, also the user postgres, and the path of a Unix socket there is short enough for macOS.
 	folder = must(os.MkdirTemp("/tmp", "desafio3-"))
 	for name, value := range map[string]string{
-		"PATH": searchPath(), "TMPDIR": folder, "LC_ALL": "C", "POSTGRES_HOST": "127.0.0.1", "POSTGRES_PORT": freePort(),
+		"PATH": strings.Join(path, ":"), "TMPDIR": folder, "LC_ALL": "C", "POSTGRES_HOST": "127.0.0.1", "POSTGRES_PORT": freePort(),
 		"POSTGRES_DB": "postgres", "POSTGRES_PASSWORD": "postgres123", "REDIS_HOST": "127.0.0.1", "REDIS_PORT": "1",
 	} {
 		check(os.Setenv(name, value))
 	}
 }
 
-// searchPath returns PATH with the folders in which Debian and Homebrew keep servers.
-func searchPath() string {
-	path := os.Getenv("PATH")
-	for _, pattern := range []string{"/usr/lib/postgresql/*/bin", "/opt/homebrew/opt/postgresql*/bin", "/usr/local/opt/postgresql*/bin",
-		"/opt/homebrew/bin", "/usr/local/bin", "/usr/sbin"} {
-		for _, found := range must(filepath.Glob(pattern)) {
-			path += ":" + found
-		}
-	}
-	return path
-}
-
 var (
 	folder    string // for all files of these tests and their servers
 	databases atomic.Int64
 	ports     atomic.Int64
-	firstPort int64        // of a block of 400 below the range that outgoing connections use
-	claim     net.Listener // on that port: the others are this run's
+	block     net.Listener // on the first of this run's own ports
 	// The guard ends what tests have started when this process has ended, also by a panic or a kill, after which no
 	// clean-up runs. It is a shell whose input ends with this process. It stops PostgreSQL, whose processes leave the
 	// guard's group; removes the folder, in which something may still be written; and kills its group, which each child joins.
@@ -381,14 +367,14 @@ func newChild(env []string, program string, args ...string) child {
 	return child{cmd}
 }
 
-// unprivileged returns the child as one that runs as the user postgres if the tests run as root, whom PostgreSQL and
-// PgBouncer refuse.
+// unprivileged returns the child as one of the user postgres if the tests run as root, whom PostgreSQL and PgBouncer
+// refuse.
 func (c child) unprivileged() child {
 	if os.Geteuid() == 0 {
 		u := must(user.Lookup("postgres"))
-		id := func(text string) uint32 { return uint32(must(strconv.Atoi(text))) }
-		c.SysProcAttr.Credential = &syscall.Credential{Uid: id(u.Uid), Gid: id(u.Gid)}
-		check(os.Chown(folder, int(id(u.Uid)), int(id(u.Gid))))
+		uid, gid := must(strconv.Atoi(u.Uid)), must(strconv.Atoi(u.Gid))
+		c.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+		check(os.Chown(folder, uid, gid))
 		c.Dir = folder
 	}
 	return c
@@ -464,10 +450,14 @@ func listen(t testing.TB) (l net.Listener, port string) {
 }
 
 // freePort returns a port that nobody listens on, each only once as long as a run needs fewer than 400: a server may be
-// stopped and started again there.
+// stopped and started again there. Each run has a block of 400, below the range that outgoing connections use, since it
+// listens on the first of them.
 func freePort() string {
+	for block == nil {
+		block, _ = net.Listen("tcp", fmt.Sprint("127.0.0.1:", 20_000+400*rand.IntN(30)))
+	}
 	for {
-		port := fmt.Sprint(firstPort + 1 + ports.Add(1)%399)
+		port := fmt.Sprint(block.Addr().(*net.TCPAddr).Port + 1 + int(ports.Add(1)%399))
 		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
 			l.Close()
 			return port
@@ -483,12 +473,9 @@ type redisServer struct {
 }
 
 // stock holds a few Redis servers for the next tests. A service does not use a Redis before it has been up for a while,
-// and these have been when a test takes one. Benchmarks have time, and want a machine that does nothing else.
+// and these have been when a test takes one.
 var stock = sync.OnceValue(func() chan *redisServer {
 	stock := make(chan *redisServer, 12)
-	if benchmarking() {
-		stock = make(chan *redisServer)
-	}
 	go func() {
 		for {
 			r := &redisServer{port: freePort()}
@@ -498,8 +485,6 @@ var stock = sync.OnceValue(func() chan *redisServer {
 	}()
 	return stock
 })
-
-func benchmarking() bool { return flag.Lookup("test.bench").Value.String() != "" }
 
 // startRedis takes a Redis from the stock and returns a configuration that uses it.
 func startRedis(t testing.TB, cfg config) (*redisServer, config) {
@@ -557,32 +542,24 @@ func (r *redisServer) try(command string, args ...any) (any, error) {
 	return conn.Do(command, args...)
 }
 
-// program returns the path of the first of these programs that is installed, or ends the tests.
+// program returns the path of the first of these programs that is installed, or says what to install and ends the tests.
 func program(names ...string) string {
 	for _, name := range names {
 		if path, err := exec.LookPath(name); err == nil {
 			return path
 		}
 	}
-	cannotRun(strings.Join(names, " or ") + " is missing")
-	return ""
-}
-
-// cannotRun ends the tests with a line that says why, and what to install.
-func cannotRun(why string) {
-	const servers = "postgresql redis pgbouncer"
-	fmt.Printf("%s: install PostgreSQL, Redis (7.0 or newer) or Valkey, and PgBouncer (apt-get install %s, or brew install %[2]s)\n", why, servers)
+	const packages = "postgresql redis pgbouncer"
+	fmt.Printf("%s is missing: apt-get install %s, or brew install %s\n", strings.Join(names, " or "), packages, packages)
 	os.Exit(1)
+	return ""
 }
 
 func redisProgram() string { return program("redis-server", "valkey-server") }
 
-// makePostgres makes the tests' PostgreSQL, with a password, and starts it. Before that it looks for all servers.
+// makePostgres makes the tests' PostgreSQL, with a password, and starts it, if all servers are installed.
 var makePostgres = sync.OnceFunc(func() {
-	program("pgbouncer")
-	if version := must(exec.Command(redisProgram(), "--version").Output()); regexp.MustCompile(` v=[1-6]\.`).Match(version) {
-		cannotRun("Redis is too old")
-	}
+	_, _ = redisProgram(), program("pgbouncer")
 	password := filepath.Join(folder, "password")
 	check(os.WriteFile(password, []byte(os.Getenv("POSTGRES_PASSWORD")), 0o644))
 	// Killed halfway, this would leave shared memory behind. So the guard waits for its end, too.
@@ -590,14 +567,10 @@ var makePostgres = sync.OnceFunc(func() {
 	startPostgres()
 })
 
-// startPostgres starts PostgreSQL, again if it runs, and returns when it answers.
+// startPostgres starts PostgreSQL, again if it runs, and returns when it answers. Only benchmarks wait for the disk.
 func startPostgres() {
-	fsync := "off"
-	if benchmarking() {
-		fsync = "on"
-	}
-	pgCtl(nil, "restart", "-m", "immediate", "-o", "-c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=500"+
-		" -c port="+os.Getenv("POSTGRES_PORT")+" -c fsync="+fsync)
+	pgCtl(nil, "restart", "-m", "immediate", "-o", fmt.Sprintf("-c listen_addresses=127.0.0.1 -c port=%s -c unix_socket_directories= -c max_connections=500 -c fsync=%t",
+		os.Getenv("POSTGRES_PORT"), flag.Lookup("test.bench").Value.String() != ""))
 }
 
 // stopPostgres makes PostgreSQL crash. A test that does so must not run beside others.

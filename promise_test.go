@@ -14,7 +14,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"text/tabwriter"
 	"time"
 )
 
@@ -37,7 +36,7 @@ func TestPromise(t *testing.T) {
 	seed := must(strconv.ParseUint(cmp.Or(os.Getenv("SEED"), fmt.Sprint(time.Now().UnixNano()%1e9)), 10, 64))
 	t.Logf("SEED=%d", seed)
 	p := newPromise(t, seed)
-	defer p.report(t)
+	defer func() { t.Logf("in total: %v", p.total) }()
 	reads := must(strconv.Atoi(cmp.Or(os.Getenv("PROMISE"), "2500"))) / 5
 	faults := min(max(reads/1000, 1), 25)
 
@@ -59,29 +58,29 @@ type promise struct {
 
 	mu      sync.Mutex // guards what follows
 	rnd     *rand.Rand
-	all     []figures // of the phases so far
-	history *os.File  // or nil
-	latest  []string  // lines of the history
+	figures map[string]int // of the phase
+	total   map[string]int
+	history *os.File // or nil
+	latest  []string // lines of the history
 }
 
-// The figures of a phase, by column.
-type figures struct {
-	phase  string
-	counts map[string]int
+// newFigures shows a zero, too, where nothing has happened.
+func newFigures() map[string]int {
+	return map[string]int{"reads": 0, "hits": 0, "writes": 0, "faults": 0, "errors": 0, "stale": 0, "lost": 0, "slowest_ms": 0}
 }
 
-var columns = []string{"reads", "hits", "writes", "faults", "errors", "stale reads", "lost writes", "slowest, ms"}
-
-// count adds to a figure of this phase, but keeps the largest of the slowest, and returns it.
-func (p *promise) count(column string, n int) int {
+// count adds to a figure, but keeps the largest of the slowest, and returns that of this phase.
+func (p *promise) count(figure string, n int) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	counts := p.all[len(p.all)-1].counts
-	if column == "slowest, ms" {
-		n = max(n-counts[column], 0)
+	for _, figures := range []map[string]int{p.figures, p.total} {
+		if figure == "slowest_ms" {
+			figures[figure] = max(figures[figure], n)
+		} else {
+			figures[figure] += n
+		}
 	}
-	counts[column] += n
-	return counts[column]
+	return p.figures[figure]
 }
 
 // An item is a product whose stock only rises: a stock is a version. A trigger of the test's own sees to it that a
@@ -104,7 +103,7 @@ func (p *promise) judge(t *testing.T, it *item, version, floor int, from string,
 		return
 	}
 	t.Fail()
-	if p.count("stale reads", 1) <= 3 { // more stories say no more
+	if p.count("stale", 1) <= 3 { // more stories say no more
 		t.Errorf("STALE: product %d through %s is %d, at least %d was known %v ago when it was asked for\n%s",
 			it.id, from, version, floor, took, p.story())
 	}
@@ -112,7 +111,7 @@ func (p *promise) judge(t *testing.T, it *item, version, floor int, from string,
 
 func newPromise(t *testing.T, seed uint64) *promise {
 	r, cfg := ownServers(t)
-	p := &promise{redis: r, psql: psql(t, cfg), rnd: rand.New(rand.NewPCG(seed, 0)), began: time.Now()}
+	p := &promise{redis: r, psql: psql(t, cfg), rnd: rand.New(rand.NewPCG(seed, 0)), began: time.Now(), total: newFigures()}
 	if file := os.Getenv("HISTORY"); file != "" {
 		p.history = must(os.Create(file))
 		t.Cleanup(func() { check(p.history.Close()) })
@@ -160,7 +159,8 @@ func (p *promise) anyReplica() *process { return p.replicas[p.random(len(p.repli
 // phase runs readers and writers, and faults with as many reads between them, and then looks for what was written.
 func (p *promise) phase(t *testing.T, name string, n, times int, fault func(*testing.T)) {
 	t.Run(name, func(t *testing.T) {
-		p.all = append(p.all, figures{name, map[string]int{}})
+		p.figures = newFigures()
+		defer func() { t.Log(name, p.figures) }()
 		var stop atomic.Bool
 		awaitWriters := concurrently(len(p.items)-1, func(i int) {
 			for !stop.Load() {
@@ -191,7 +191,7 @@ func (p *promise) phase(t *testing.T, name string, n, times int, fault func(*tes
 		if n := p.count("errors", 0); times == 0 && n > 0 {
 			t.Errorf("%d errors without a fault", n)
 		}
-		within(t, time.Duration(p.count("slowest, ms", 0))*time.Millisecond, 7*time.Second, "the slowest request")
+		within(t, time.Duration(p.count("slowest_ms", 0))*time.Millisecond, 7*time.Second, "the slowest request")
 	})
 }
 
@@ -208,7 +208,7 @@ func (p *promise) send(client int, r *process, method, path, body string) (answe
 	begin := time.Since(p.began)
 	a, err := r.trySend(method, path, body)
 	end := time.Since(p.began)
-	p.count("slowest, ms", int(a.took.Milliseconds()))
+	p.count("slowest_ms", int(a.took.Milliseconds()))
 	if err != nil {
 		a.status = 0
 	}
@@ -319,7 +319,7 @@ func (p *promise) search(t *testing.T) {
 	}
 	for _, it := range p.items {
 		if stock := ask[int](p.psql, "SELECT stock FROM products WHERE id = $1", it.id); stock < it.floor {
-			p.count("lost writes", 1)
+			p.count("lost", 1)
 			t.Errorf("LOST: product %d in PostgreSQL is %d, %d was acknowledged or read", it.id, stock, it.floor)
 		}
 	}
@@ -360,22 +360,4 @@ func (p *promise) kill(t *testing.T) {
 	r.kill()
 	p.wait(t, 100)
 	r.start()
-}
-
-// report logs the figures.
-func (p *promise) report(t *testing.T) {
-	var text strings.Builder
-	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "phase\t"+strings.Join(columns, "\t")+"\t")
-	p.all = append(p.all, figures{"total", map[string]int{}})
-	for _, f := range p.all {
-		fmt.Fprintf(w, "%s\t", f.phase)
-		for _, column := range columns {
-			fmt.Fprintf(w, "%d\t", f.counts[column])
-			p.count(column, f.counts[column])
-		}
-		fmt.Fprintln(w)
-	}
-	_ = w.Flush()
-	t.Log("what was found:\n" + text.String())
 }
