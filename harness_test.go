@@ -78,7 +78,7 @@ func setEnvironment() {
 	folder = must(os.MkdirTemp("/tmp", "desafio3-"))
 	for name, value := range map[string]string{
 		"PATH": strings.Join(path, ":"), "TMPDIR": folder, "LC_ALL": "C", "POSTGRES_HOST": "127.0.0.1", "POSTGRES_PORT": freePort(),
-		"POSTGRES_DB": "postgres", "POSTGRES_PASSWORD": "postgres123", "REDIS_HOST": "127.0.0.1", "REDIS_PORT": "1",
+		"POSTGRES_USER": "postgres", "POSTGRES_DB": "postgres", "POSTGRES_PASSWORD": "postgres123", "REDIS_HOST": "127.0.0.1", "REDIS_PORT": "1",
 	} {
 		check(os.Setenv(name, value))
 	}
