@@ -149,7 +149,8 @@ in_swarm() { is "$(swarm_state)" active; }
 
 have go || die 'Go is needed: https://go.dev/dl/'
 need 'gcc clang=gcc libc6-dev' # for the race detector
-need_servers && PATH+=:/usr/sbin && need pgbouncer perl
+need_servers
+PATH+=:/usr/sbin need pgbouncer perl
 need shellcheck 2>/dev/null || say 'shellcheck is not installed: the scripts are not checked'
 
 TEST_DIR=$(mktemp -d)
