@@ -30,7 +30,7 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// How fast the service is, as a client sees it. scripts/bench.sh runs this file with a PostgreSQL and a Redis of its own.
+// How fast the service is, as a client sees it. scripts/bench.sh runs this file.
 //
 // How one measures, and what this file does for it:
 //   - What is measured is the real binary, in a process of its own. In the process of the load generator it would

@@ -89,10 +89,11 @@ var (
 	databases atomic.Int64
 	ports     atomic.Int64
 	block     net.Listener // on the first of this run's own ports
+	alive     *os.File     // the other end of the guard's input
 	// The guard ends what tests have started when this process has ended, also by a panic or a kill, after which no
 	// clean-up runs. It is a shell whose input ends with this process. It stops PostgreSQL, whose processes leave the
-	// guard's group; removes the folder, in which something may still be written; and kills its group, which each child joins.
-	alive  *os.File // the other end of its input
+	// guard's group. It removes the folder, again while something is still written there. Then it kills its group, which
+	// each child joins.
 	guard  = exec.Command("sh", "-c", `cat; while kill -QUIT $(head -n 1 "$0/data/postmaster.pid"); do sleep 0.1; done; until rm -rf "$0"; do sleep 0.1; done; kill -9 0`)
 	client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 1000}}
 )
@@ -125,8 +126,8 @@ func withDatabase(t testing.TB, cfg config) config {
 	return cfg
 }
 
-// reportStalls measures ticks of 10 ms. If the test fails, it logs by how much the latest of them was late: for so long
-// this machine gave the test no processor.
+// reportStalls measures ticks of 10 ms. If the test fails, it logs how late the latest tick was. The machine gave the test
+// no processor for that long, so a missed time of the protocol may not be the service's fault.
 func reportStalls(t testing.TB) {
 	var longest atomic.Int64
 	go func() {
@@ -179,7 +180,7 @@ func alone(t *testing.T) (*redisServer, config) {
 	return ownServers(t)
 }
 
-// ownServers does the same for a test that stops PostgreSQL, or for another reason must not run beside others.
+// ownServers does the same for a test that must not run beside others: one that stops PostgreSQL, for example.
 func ownServers(t testing.TB) (*redisServer, config) {
 	t.Helper()
 	r, cfg := startRedis(t, testConfig())
