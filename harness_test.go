@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -16,8 +15,11 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -28,41 +30,71 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// TestMain is the service itself where DESAFIO3_RUN is set: that is how tests start it as a process, with the race
-// detector exactly when they have it themselves. Else it runs the tests, which need servers that scripts/check.sh has
-// started, since they stop them and empty them.
+// TestMain is the service itself if DESAFIO3_RUN is set: that is how tests start it as a process, with the race detector
+// exactly when they have it themselves. Otherwise it runs the tests. They start their own servers, the first time that
+// one is needed. With -short only the unit tests run, which need none.
 func TestMain(m *testing.M) {
 	if os.Getenv("DESAFIO3_RUN") != "" {
 		os.Exit(run(os.Args))
 	}
-	if os.Getenv("TEST_DIR") == "" {
-		fmt.Println("These tests need a PostgreSQL and a Redis of their own: run ./scripts/check.sh")
-		os.Exit(1)
+	flag.Parse()
+	setDefault("test.parallel", "6") // most tests wait most of the time, on any number of processors
+	if testing.Short() {
+		setDefault("test.run", "^(TestUnit|Fuzz)")
 	}
 	slog.SetDefault(slog.New(slog.DiscardHandler))
-	flag.Parse()
+	setEnvironment()
+	input, end, err := os.Pipe()
+	check(err)
+	guard.Args, guard.Stdin, alive = append(guard.Args, folder), input, end
 	guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	must(guard.StdinPipe())
 	check(guard.Start())
-	// The service does not use a Redis before it has been up for a while: these have been when a test takes one.
-	if flag.Lookup("test.bench").Value.String() == "" {
-		for range cap(stock) {
-			r := &redisServer{port: freePort()}
-			r.launch()
-			stock <- r
+	m.Run()
+	check(alive.Close())
+	_ = guard.Wait() // it kills itself, too
+}
+
+// setDefault sets a flag that the command line does not set.
+func setDefault(name, value string) {
+	if f := flag.Lookup(name); f.Value.String() == f.DefValue {
+		check(f.Value.Set(value))
+	}
+}
+
+// setEnvironment replaces the developer's environment, in which there may be other servers and passwords. Only what Go
+// needs and what these tests read themselves stays. The rest is the configuration of tests and children.
+func setEnvironment() {
+	kept := regexp.MustCompile(`^(PATH|HOME|GO\w*|SEED|PROMISE|HISTORY)$`)
+	for _, variable := range os.Environ() {
+		if name, _, _ := strings.Cut(variable, "="); !kept.MatchString(name) {
+			check(os.Unsetenv(name))
 		}
 	}
-	m.Run()
+	path := []string{os.Getenv("PATH"), "/usr/sbin"}
+	for _, servers := range []string{"/usr/lib/postgresql/*/bin", "/opt/homebrew/opt/postgresql*/bin", "/usr/local/opt/postgresql*/bin"} {
+		path = append(path, must(filepath.Glob(servers))...)
+	}
+	// Everyone may enter /tmp, also the user postgres, and the path of a Unix socket there is short enough for macOS.
+	folder = must(os.MkdirTemp("/tmp", "desafio3-"))
+	for name, value := range map[string]string{
+		"PATH": strings.Join(path, ":"), "TMPDIR": folder, "LC_ALL": "C", "POSTGRES_HOST": "127.0.0.1", "POSTGRES_PORT": freePort(),
+		"POSTGRES_USER": "postgres", "POSTGRES_DB": "postgres", "POSTGRES_PASSWORD": "postgres123", "REDIS_HOST": "127.0.0.1", "REDIS_PORT": "1",
+	} {
+		check(os.Setenv(name, value))
+	}
 }
 
 var (
-	stock     = make(chan *redisServer, 50)
+	folder    string // for all files of these tests and their servers
 	databases atomic.Int64
 	ports     atomic.Int64
-	firstPort = rand.Int64N(10_000)
-	// The guard ends what tests have started when this process has ended, also by a panic, after which no clean-up
-	// runs. It is a shell whose input ends with this process; then it kills its process group, which each child joins.
-	guard  = exec.Command("sh", "-c", "cat; kill -9 0")
+	block     net.Listener // on the first of this run's own ports
+	alive     *os.File     // the other end of the guard's input
+	// The guard ends what tests have started when this process has ended, also by a panic or a kill, after which no
+	// clean-up runs. It is a shell whose input ends with this process. It stops PostgreSQL, whose processes leave the
+	// guard's group. It removes the folder, again while something is still written there. Then it kills its group, which
+	// each child joins.
+	guard  = exec.Command("sh", "-c", `cat; while kill -QUIT $(head -n 1 "$0/data/postmaster.pid"); do sleep 0.1; done; until rm -rf "$0"; do sleep 0.1; done; kill -9 0`)
 	client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 1000}}
 )
 
@@ -78,19 +110,38 @@ func check(err error) {
 	}
 }
 
-// testConfig is the configuration that check.sh puts into the environment.
-func testConfig() config { return must(configure(os.Getenv)) }
+// testConfig returns the configuration of a service at these tests' own PostgreSQL, and without a Redis.
+func testConfig() config {
+	makePostgres()
+	return must(configure(os.Getenv))
+}
 
-// withDatabase returns cfg with a database of its own, which is dropped when the test ends, and an empty Redis: who
-// used it before may have left marks that have not expired.
+// withDatabase returns cfg with a database of its own, which is dropped when the test ends.
 func withDatabase(t testing.TB, cfg config) config {
-	used := redisServer{port: cfg.redisPort}
-	used.do("FLUSHALL")
+	reportStalls(t)
 	admin := psql(t, cfg)
-	cfg.postgresDB = fmt.Sprintf("test_%d_%d", os.Getpid(), databases.Add(1))
+	cfg.postgresDB = fmt.Sprintf("test_%d", databases.Add(1))
 	must(admin.Exec("CREATE DATABASE " + cfg.postgresDB))
 	t.Cleanup(func() { must(admin.Exec("DROP DATABASE " + cfg.postgresDB + " WITH (FORCE)")) })
 	return cfg
+}
+
+// reportStalls measures ticks of 10 ms. If the test fails, it logs how late the latest tick was. The machine gave the test
+// no processor for that long, so a missed time of the protocol may not be the service's fault.
+func reportStalls(t testing.TB) {
+	var longest atomic.Int64
+	go func() {
+		const tick = 10 * time.Millisecond
+		for began := time.Now(); t.Context().Err() == nil; began = time.Now() {
+			time.Sleep(tick)
+			longest.Store(max(longest.Load(), int64(time.Since(began)-tick)))
+		}
+	}()
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the machine's longest stall since this test began: %v", time.Duration(longest.Load()))
+		}
+	})
 }
 
 // psql is a session like a person's: its application_name is not the service's.
@@ -126,6 +177,12 @@ type testServer struct {
 func alone(t *testing.T) (*redisServer, config) {
 	t.Helper()
 	t.Parallel()
+	return ownServers(t)
+}
+
+// ownServers does the same for a test that must not run beside others: one that stops PostgreSQL, for example.
+func ownServers(t testing.TB) (*redisServer, config) {
+	t.Helper()
 	r, cfg := startRedis(t, testConfig())
 	return r, withDatabase(t, cfg)
 }
@@ -300,7 +357,7 @@ func (s *testServer) awaitHit(path string) time.Duration {
 	return eventually(s.t, "a hit of "+path, func() bool { return s.send("GET", path, "").source() == hit })
 }
 
-// A child is a process that a test starts, in check.sh's environment with what is added to it. It is the service where
+// A child is a process that a test starts, in the tests' environment with what is added to it. It is the service where
 // the program is this binary, as TestMain has it. It ends when the test says so or, at the latest, with the guard.
 type child struct{ *exec.Cmd }
 
@@ -309,6 +366,19 @@ func newChild(env []string, program string, args ...string) child {
 	cmd.Env = slices.Concat(os.Environ(), []string{"DESAFIO3_RUN=1"}, env)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pgid: guard.Process.Pid}
 	return child{cmd}
+}
+
+// unprivileged returns the child as one of the user postgres if the tests run as root, whom PostgreSQL and PgBouncer
+// refuse.
+func (c child) unprivileged() child {
+	if os.Geteuid() == 0 {
+		u := must(user.Lookup("postgres"))
+		uid, gid := must(strconv.Atoi(u.Uid)), must(strconv.Atoi(u.Gid))
+		c.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+		check(os.Chown(folder, uid, gid))
+		c.Dir = folder
+	}
+	return c
 }
 
 // kill ends it without a warning.
@@ -380,11 +450,15 @@ func listen(t testing.TB) (l net.Listener, port string) {
 	return l, port
 }
 
-// freePort returns a port that nobody listens on, each only once, from below the range that outgoing connections use:
-// a server may be stopped and started again there.
+// freePort returns a port that nobody listens on, each only once as long as a run needs fewer than 400: a server may be
+// stopped and started again there. Each run has a block of 400, below the range that outgoing connections use, since it
+// listens on the first of them.
 func freePort() string {
+	for block == nil {
+		block, _ = net.Listen("tcp", fmt.Sprint("127.0.0.1:", 20_000+400*rand.IntN(30)))
+	}
 	for {
-		port := fmt.Sprint(20_000 + (firstPort+ports.Add(1))%12_000)
+		port := fmt.Sprint(block.Addr().(*net.TCPAddr).Port + 1 + int(ports.Add(1)%399))
 		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
 			l.Close()
 			return port
@@ -399,10 +473,24 @@ type redisServer struct {
 	port string
 }
 
+// stock holds a few Redis servers for the next tests. A service does not use a Redis before it has been up for a while,
+// and these have been when a test takes one.
+var stock = sync.OnceValue(func() chan *redisServer {
+	stock := make(chan *redisServer, 12)
+	go func() {
+		for {
+			r := &redisServer{port: freePort()}
+			r.launch()
+			stock <- r
+		}
+	}()
+	return stock
+})
+
 // startRedis takes a Redis from the stock and returns a configuration that uses it.
 func startRedis(t testing.TB, cfg config) (*redisServer, config) {
 	t.Helper()
-	r := <-stock
+	r := <-stock()
 	r.t = t
 	t.Cleanup(func() { r.kill() })
 	r.awaitAnswer()
@@ -412,8 +500,7 @@ func startRedis(t testing.TB, cfg config) (*redisServer, config) {
 
 // launch starts it, and does not wait for it.
 func (r *redisServer) launch() {
-	program, _ := exec.LookPath("redis-server") // empty where only its fork is installed
-	r.child = newChild(nil, cmp.Or(program, "valkey-server"), "--port", r.port, "--bind", "127.0.0.1", "--dir", os.Getenv("TEST_DIR"), "--save", "", "--dbfilename", r.port)
+	r.child = newChild(nil, redisProgram(), "--port", r.port, "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--dbfilename", r.port)
 	check(r.Start())
 }
 
@@ -435,7 +522,7 @@ func (r *redisServer) awaitAnswer() {
 // save returns what kills the server and brings it back as it is now.
 func (r *redisServer) save() (bringBack func()) {
 	r.do("SAVE")
-	file := filepath.Join(os.Getenv("TEST_DIR"), r.port)
+	file := filepath.Join(folder, r.port)
 	snapshot := must(os.ReadFile(file))
 	return func() {
 		r.kill()
@@ -456,18 +543,75 @@ func (r *redisServer) try(command string, args ...any) (any, error) {
 	return conn.Do(command, args...)
 }
 
-// postgres runs lines of bash with the functions of scripts/lib.sh, to stop and start the PostgreSQL that check.sh has
-// started. A test that does so must not run beside others.
-func postgres(lines string) {
-	cmd := exec.Command("bash", "-c", "set -euo pipefail; source scripts/lib.sh; "+lines)
-	cmd.Stderr = os.Stderr // not a pipe: the server would keep it open
-	check(cmd.Run())
+// program returns the path of the first of these programs that is installed, or says what to install and ends the tests.
+func program(names ...string) string {
+	for _, name := range names {
+		if path, err := exec.LookPath(name); err == nil {
+			return path
+		}
+	}
+	const packages = "postgresql redis pgbouncer"
+	fmt.Printf("%s is missing: apt-get install %s, or brew install %s\n", strings.Join(names, " or "), packages, packages)
+	os.Exit(1)
+	return ""
 }
 
-const (
-	stopPostgres  = `stop_postgres "$TEST_DIR" immediate; `
-	startPostgres = `start_postgres "$TEST_DIR" -c fsync=off`
-)
+func redisProgram() string { return program("redis-server", "valkey-server") }
+
+// makePostgres makes the tests' PostgreSQL, with a password, and starts it, if all servers are installed.
+var makePostgres = sync.OnceFunc(func() {
+	_, _ = redisProgram(), program("pgbouncer")
+	password := filepath.Join(folder, "password")
+	check(os.WriteFile(password, []byte(os.Getenv("POSTGRES_PASSWORD")), 0o644))
+	// Killed halfway, this would leave shared memory behind. So the guard waits for its end, too.
+	pgCtl([]*os.File{alive}, "init", "-o", "-U postgres -A scram-sha-256 --pwfile="+password+" -E UTF8 --no-locale --no-sync")
+	startPostgres()
+})
+
+// startPostgres starts PostgreSQL, again if it runs, and returns when it answers. Only benchmarks wait for the disk.
+func startPostgres() {
+	pgCtl(nil, "restart", "-m", "immediate", "-o", fmt.Sprintf("-c listen_addresses=127.0.0.1 -c port=%s -c unix_socket_directories= -c max_connections=500 -c fsync=%t",
+		os.Getenv("POSTGRES_PORT"), flag.Lookup("test.bench").Value.String() != ""))
+}
+
+// stopPostgres makes PostgreSQL crash. A test that does so must not run beside others.
+func stopPostgres() { pgCtl(nil, "stop", "-m", "immediate") }
+
+// pgCtl runs PostgreSQL's own command for that, with files that it keeps open.
+func pgCtl(open []*os.File, args ...string) {
+	path := filepath.Join(folder, "postgres.log")
+	log := must(os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)) // not a pipe: the server keeps it open
+	defer log.Close()
+	cmd := newChild(nil, program("pg_ctl"), append(args, "-D", filepath.Join(folder, "data"))...).unprivileged()
+	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = log, log, open
+	if err := cmd.Run(); err != nil {
+		panic(fmt.Sprintf("pg_ctl %v: %v\n%s", args, err, must(os.ReadFile(path))))
+	}
+}
+
+// startPgBouncer starts a PgBouncer as Debian installs it before cfg's PostgreSQL, and returns cfg with its address. Lines
+// of its configuration may be added, as "pool_mode = transaction".
+func startPgBouncer(t testing.TB, cfg config, lines ...string) config {
+	t.Helper()
+	port := freePort()
+	file := filepath.Join(folder, "pgbouncer-"+port)
+	check(os.WriteFile(file, fmt.Appendf(nil, `[databases]
+		* = host=%s port=%s user=%s password=%s
+		[pgbouncer]
+		listen_addr = 127.0.0.1
+		listen_port = %s
+		unix_socket_dir =
+		auth_type = any
+		%s`, cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, port, strings.Join(lines, "\n")), 0o644))
+	c := newChild(nil, program("pgbouncer"), "-q", file).unprivileged()
+	c.Stdout, c.Stderr = os.Stderr, os.Stderr
+	check(c.Start())
+	t.Cleanup(c.kill)
+	cfg.postgresHost, cfg.postgresPort = "127.0.0.1", port
+	db := psql(t, cfg)
+	eventually(t, "PgBouncer answers", func() bool { return db.Ping() == nil })
+	return cfg
+}
 
 // A proxy stands between the service and a server. It can let connections fall silent, which keeps what is sent until
 // they speak again, cut them, and lead new ones to another server.

@@ -8,14 +8,12 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"text/tabwriter"
 	"time"
 )
 
@@ -23,11 +21,22 @@ import (
 // held against everything that was acknowledged or read before it began. SEED repeats the choices of a run (not its
 // timing), PROMISE is about how many reads to make. With -race the replicas have the race detector, too. A phase
 // alone: go test -run TestPromise/silent.
+//
+// HISTORY=file writes down what the clients asked and received, for a judge that shares no code with this test, such as
+// the linearizability checker Porcupine. Each line is a JSON object:
+//
+//	client, replica                the number of the client, which sends one request at a time, and whom it asked
+//	method, path, body             the request
+//	status, answer, cache          the answer, its body and its Cache-Status; status 0: no answer, or half of one
+//	begin, end                     when it was sent, and when the answer was there: nanoseconds since the test began
+//
+// At first products 1 to 5 have a stock of 1. A PUT sets the stock of one product. If its status is not 200, nobody
+// knows whether it was done: it may take effect at any time after its begin, even after its end, or never.
 func TestPromise(t *testing.T) {
 	seed := must(strconv.ParseUint(cmp.Or(os.Getenv("SEED"), fmt.Sprint(time.Now().UnixNano()%1e9)), 10, 64))
 	t.Logf("SEED=%d", seed)
 	p := newPromise(t, seed)
-	defer p.report(t)
+	defer func() { t.Logf("in total: %v", p.total) }()
 	reads := must(strconv.Atoi(cmp.Or(os.Getenv("PROMISE"), "2500"))) / 5
 	faults := min(max(reads/1000, 1), 25)
 
@@ -45,30 +54,33 @@ type promise struct {
 	items    []*item    // by id, from 1; the first has no writer, so that it can always be a hit
 	psql     *sql.DB
 	redis    *redisServer
+	began    time.Time
 
-	mu  sync.Mutex // guards what follows
-	rnd *rand.Rand
-	all []figures // of the phases so far
+	mu      sync.Mutex // guards what follows
+	rnd     *rand.Rand
+	figures map[string]int // of the phase
+	total   map[string]int
+	history *os.File // or nil
+	latest  []string // lines of the history
 }
 
-// The figures of a phase, by column.
-type figures struct {
-	phase  string
-	counts map[string]int
+// newFigures shows a zero, too, where nothing has happened.
+func newFigures() map[string]int {
+	return map[string]int{"reads": 0, "hits": 0, "writes": 0, "faults": 0, "errors": 0, "stale": 0, "lost": 0, "slowest_ms": 0}
 }
 
-var columns = []string{"reads", "hits", "writes", "faults", "errors", "stale reads", "lost writes", "slowest, ms"}
-
-// count adds to a figure of this phase, but keeps the largest of the slowest, and returns it.
-func (p *promise) count(column string, n int) int {
+// count adds to a figure, but keeps the largest of the slowest, and returns that of this phase.
+func (p *promise) count(figure string, n int) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	counts := p.all[len(p.all)-1].counts
-	if column == "slowest, ms" {
-		n = max(n-counts[column], 0)
+	for _, figures := range []map[string]int{p.figures, p.total} {
+		if figure == "slowest_ms" {
+			figures[figure] = max(figures[figure], n)
+		} else {
+			figures[figure] += n
+		}
 	}
-	counts[column] += n
-	return counts[column]
+	return p.figures[figure]
 }
 
 // An item is a product whose stock only rises: a stock is a version. A trigger of the test's own sees to it that a
@@ -77,17 +89,8 @@ type item struct {
 	id      int64
 	version int // that its one writer has sent
 
-	mu     sync.Mutex // guards what follows
-	floor  int        // what was acknowledged or read: nobody may read less any more
-	events []string   // the latest
-}
-
-// note keeps a line for the story of a stale read, with mu held.
-func (it *item) note(format string, args ...any) {
-	if len(it.events) == 400 {
-		it.events = slices.Delete(it.events, 0, 200)
-	}
-	it.events = append(it.events, time.Now().Format("15:04:05.000000 ")+fmt.Sprintf(format, args...))
+	mu    sync.Mutex // guards what follows
+	floor int        // what was acknowledged or read: nobody may read less any more
 }
 
 // judge holds what a read returned against the floor at which it began.
@@ -95,22 +98,24 @@ func (p *promise) judge(t *testing.T, it *item, version, floor int, from string,
 	it.mu.Lock()
 	defer it.mu.Unlock()
 	took := time.Since(began)
-	it.note("%s is %d, floor %d, asked %v ago", from, version, floor, took)
 	it.floor = max(it.floor, version)
 	if version >= floor {
 		return
 	}
 	t.Fail()
-	if p.count("stale reads", 1) <= 3 { // more stories say no more
+	if p.count("stale", 1) <= 3 { // more stories say no more
 		t.Errorf("STALE: product %d through %s is %d, at least %d was known %v ago when it was asked for\n%s",
-			it.id, from, version, floor, took, strings.Join(it.events, "\n"))
+			it.id, from, version, floor, took, p.story())
 	}
 }
 
 func newPromise(t *testing.T, seed uint64) *promise {
-	r, cfg := startRedis(t, testConfig())
-	cfg = withDatabase(t, cfg)
-	p := &promise{redis: r, psql: psql(t, cfg), rnd: rand.New(rand.NewPCG(seed, 0))}
+	r, cfg := ownServers(t)
+	p := &promise{redis: r, psql: psql(t, cfg), rnd: rand.New(rand.NewPCG(seed, 0)), began: time.Now(), total: newFigures()}
+	if file := os.Getenv("HISTORY"); file != "" {
+		p.history = must(os.Create(file))
+		t.Cleanup(func() { check(p.history.Close()) })
+	}
 	// Now and then something takes a while, so that what is a matter of microseconds elsewhere happens often here.
 	delay := func([]byte) {
 		if p.random(25) == 0 {
@@ -154,17 +159,18 @@ func (p *promise) anyReplica() *process { return p.replicas[p.random(len(p.repli
 // phase runs readers and writers, and faults with as many reads between them, and then looks for what was written.
 func (p *promise) phase(t *testing.T, name string, n, times int, fault func(*testing.T)) {
 	t.Run(name, func(t *testing.T) {
-		p.all = append(p.all, figures{name, map[string]int{}})
+		p.figures = newFigures()
+		defer func() { t.Log(name, p.figures) }()
 		var stop atomic.Bool
 		awaitWriters := concurrently(len(p.items)-1, func(i int) {
 			for !stop.Load() {
-				p.write(p.items[1+i])
+				p.write(i, p.items[1+i])
 				p.sleep(30 * time.Millisecond)
 			}
 		})
-		awaitReaders := concurrently(12, func(int) {
+		awaitReaders := concurrently(12, func(i int) {
 			for !stop.Load() {
-				p.read(t)
+				p.read(t, len(p.items)+i)
 				p.sleep(2 * time.Millisecond)
 			}
 		})
@@ -185,7 +191,7 @@ func (p *promise) phase(t *testing.T, name string, n, times int, fault func(*tes
 		if n := p.count("errors", 0); times == 0 && n > 0 {
 			t.Errorf("%d errors without a fault", n)
 		}
-		within(t, time.Duration(p.count("slowest, ms", 0))*time.Millisecond, 7*time.Second, "the slowest request")
+		within(t, time.Duration(p.count("slowest_ms", 0))*time.Millisecond, 7*time.Second, "the slowest request")
 	})
 }
 
@@ -197,11 +203,18 @@ func (p *promise) wait(t *testing.T, n int) {
 	}
 }
 
-// send sends a request through a replica and counts it.
-func (p *promise) send(r *process, method, path, body string) (answer, error) {
+// send sends a request through a replica, counts it and writes it down.
+func (p *promise) send(client int, r *process, method, path, body string) (answer, error) {
+	begin := time.Since(p.began)
 	a, err := r.trySend(method, path, body)
-	p.count("slowest, ms", int(a.took.Milliseconds()))
-	if err != nil || a.status != 200 {
+	end := time.Since(p.began)
+	p.count("slowest_ms", int(a.took.Milliseconds()))
+	if err != nil {
+		a.status = 0
+	}
+	p.record(map[string]any{"client": client, "replica": r.url, "method": method, "path": path, "body": body,
+		"status": a.status, "answer": a.body, "cache": a.source(), "begin": begin, "end": end})
+	if a.status != 200 {
 		p.count("errors", 1)
 		if err == nil {
 			err = fmt.Errorf("%d %s", a.status, a.body)
@@ -210,38 +223,51 @@ func (p *promise) send(r *process, method, path, body string) (answer, error) {
 	return a, err
 }
 
+// record adds a line to the history.
+func (p *promise) record(event map[string]any) {
+	line := string(must(json.Marshal(event)))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.latest = append(p.latest[max(0, len(p.latest)-400):], line)
+	if p.history != nil {
+		must(fmt.Fprintln(p.history, line))
+	}
+}
+
+// story returns the latest lines of the history.
+func (p *promise) story() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return strings.Join(p.latest, "\n")
+}
+
 // write sends the next version of an item through a replica.
-func (p *promise) write(it *item) {
-	r := p.anyReplica()
+func (p *promise) write(client int, it *item) {
 	it.version++
-	it.mu.Lock()
-	it.note("%s writes %d", r.url, it.version)
-	it.mu.Unlock()
-	_, err := p.send(r, "PUT", fmt.Sprintf("/products/%d", it.id), fmt.Sprintf(`{"stock":%d}`, it.version))
-	it.mu.Lock()
-	defer it.mu.Unlock()
-	it.note("%s has written %d: %v", r.url, it.version, err)
+	_, err := p.send(client, p.anyReplica(), "PUT", fmt.Sprintf("/products/%d", it.id), fmt.Sprintf(`{"stock":%d}`, it.version))
 	if err == nil {
+		it.mu.Lock()
 		it.floor = max(it.floor, it.version)
+		it.mu.Unlock()
 		p.count("writes", 1)
 	}
 }
 
 // read reads a product or the list, and now and then clears the cache.
-func (p *promise) read(t *testing.T) {
+func (p *promise) read(t *testing.T, client int) {
 	it, choice := p.items[p.random(len(p.items))], p.random(100)
 	switch {
 	case choice == 0:
-		_, _ = p.send(p.anyReplica(), "DELETE", "/cache/clear", "") // counts as an error where it fails
+		_, _ = p.send(client, p.anyReplica(), "DELETE", "/cache/clear", "") // counts as an error where it fails
 	case choice < 20:
-		p.readFrom(t, p.anyReplica(), p.items, "/products")
+		p.readFrom(t, client, p.anyReplica(), p.items, "/products")
 	default:
-		p.readFrom(t, p.anyReplica(), []*item{it}, fmt.Sprintf("/products/%d", it.id))
+		p.readFrom(t, client, p.anyReplica(), []*item{it}, fmt.Sprintf("/products/%d", it.id))
 	}
 }
 
 // readFrom reads one product or the list and judges what it says of the items.
-func (p *promise) readFrom(t *testing.T, r *process, items []*item, path string) {
+func (p *promise) readFrom(t *testing.T, client int, r *process, items []*item, path string) {
 	began := time.Now()
 	floors := make([]int, len(items))
 	for i, it := range items {
@@ -249,7 +275,7 @@ func (p *promise) readFrom(t *testing.T, r *process, items []*item, path string)
 		floors[i] = it.floor
 		it.mu.Unlock()
 	}
-	a, err := p.send(r, "GET", path, "")
+	a, err := p.send(client, r, "GET", path, "")
 	if err != nil {
 		if a.status != 0 && a.status != 503 {
 			t.Errorf("GET %s: %v", path, err)
@@ -286,14 +312,14 @@ func (p *promise) settle(t *testing.T) {
 // search looks for every write that was acknowledged or seen, in every replica and in PostgreSQL.
 func (p *promise) search(t *testing.T) {
 	for _, r := range p.replicas {
-		p.readFrom(t, r, p.items, "/products")
+		p.readFrom(t, 0, r, p.items, "/products")
 		for _, it := range p.items {
-			p.readFrom(t, r, []*item{it}, fmt.Sprintf("/products/%d", it.id))
+			p.readFrom(t, 0, r, []*item{it}, fmt.Sprintf("/products/%d", it.id))
 		}
 	}
 	for _, it := range p.items {
 		if stock := ask[int](p.psql, "SELECT stock FROM products WHERE id = $1", it.id); stock < it.floor {
-			p.count("lost writes", 1)
+			p.count("lost", 1)
 			t.Errorf("LOST: product %d in PostgreSQL is %d, %d was acknowledged or read", it.id, stock, it.floor)
 		}
 	}
@@ -324,7 +350,7 @@ func (p *promise) silence(*testing.T) {
 // restartPostgres crashes PostgreSQL.
 func (p *promise) restartPostgres(*testing.T) {
 	p.sleep(50 * time.Millisecond)
-	postgres(stopPostgres + startPostgres)
+	startPostgres()
 }
 
 // kill ends a replica without a warning, wherever it is, and starts it again.
@@ -334,22 +360,4 @@ func (p *promise) kill(t *testing.T) {
 	r.kill()
 	p.wait(t, 100)
 	r.start()
-}
-
-// report logs the figures.
-func (p *promise) report(t *testing.T) {
-	var text strings.Builder
-	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "phase\t"+strings.Join(columns, "\t")+"\t")
-	p.all = append(p.all, figures{"total", map[string]int{}})
-	for _, f := range p.all {
-		fmt.Fprintf(w, "%s\t", f.phase)
-		for _, column := range columns {
-			fmt.Fprintf(w, "%d\t", f.counts[column])
-			p.count(column, f.counts[column])
-		}
-		fmt.Fprintln(w)
-	}
-	_ = w.Flush()
-	t.Log("what was found:\n" + text.String())
 }

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Measures how fast the service is, beside a bare handler that writes the same bytes from memory: bench_test.go does
-# the work and explains it. It has a PostgreSQL and a Redis of its own on 127.0.0.1, touches nothing that runs already,
-# and leaves nothing behind. It takes 6 to 15 minutes.
+# the work and explains it. It touches nothing that runs already, and leaves nothing behind. It takes 6 to 15 minutes.
 #
 #   ./scripts/bench.sh                           the whole
 #   ROUNDS=1 GROWTH= ./scripts/bench.sh          one round instead of three, and no large catalogues
@@ -14,8 +13,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 is "$(uname)" Linux || die 'this needs Linux: it reads processor time and memory from /proc'
 have go || die 'Go is needed: https://go.dev/dl/'
-private_servers -c fsync=on
+need_servers
+PATH+=:/usr/sbin need pgbouncer
 title "$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(go version | cut -d ' ' -f 3)"
 
-TMPDIR=$TEST_DIR start_job go test -run '^$' -bench "${BENCH:-.}" -benchtime "${ROUNDS:-3}x" -timeout 2h .
-wait "${jobs[0]}"
+exec go test -run '^$' -bench "${BENCH:-.}" -benchtime "${ROUNDS:-3}x" -timeout 2h .

@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
-# Checks everything: format, vet, the shell scripts, the tests against a PostgreSQL and a Redis of their own, and
-# the whole stack end to end in a fresh copy, with the commands of README.md: without Docker and, where there is
-# an engine with the images, with it. It installs what is missing where it may, stops what it started, and leaves
-# no file behind. It does not touch a stack that you have running, and several may run at the same time.
-#
-#   ./scripts/check.sh
-#   RUN=TestFillWhileWriting ./scripts/check.sh     # one test alone
+# Checks everything: format, vet, the shell scripts, the documents, the tests, and the whole stack end to end in a fresh
+# copy, with the commands of the documents: without Docker and, if an engine has the images, with it. It installs what is
+# missing if it may, stops what it started, and leaves no file behind. It does not touch a stack that you have running,
+# and several may run at the same time. One test alone is: go test -run TestFillWhileWriting .
 set -euo pipefail
 
 # Names of its own; what your own stack was told is not for this one. One version, so that an image of the same code is
@@ -35,7 +32,8 @@ results() {
     printf '%-44s' "${names[i]}"
     if wait "${jobs[i]}"; then
       printf '%sok%s %6s\n' "$green" "$plain" "$(tail -n 1 "$log")"
-      sed -n '/^ok /p; /SEED=/p; /^ *phase .*slowest/,/^ *total /p; /left out/p' "$log"
+      sed -n '/^ok /p; /SEED=/p; /in total:/p; /left out/p' "$log"
+      sed -nE 's/^ *--- PASS: (.*) \((.*)s\)$/\2 s  \1/p' "$log" | sort -rn | head # the ten slowest tests
     else
       printf '%sFAILED%s\n' "$red" "$plain"
       sed '/^=== /d; /^ *--- PASS/d; s/^/    | /' "$log"
@@ -47,7 +45,10 @@ results() {
 
 # ---------------------------------------------------------------- what the steps do
 
-formatted() { is "$(gofmt -d . | tee /dev/stderr)" ''; }
+formatted() { is "$(gofmt -d . | tee /dev/stderr)" '' && go vet ./...; }
+
+# The documents in the order in which their blocks run.
+documents=(README.md docs/{compose,cache,reference,scale,exercises}*.md)
 
 # split FILE: writes each block of FILE that is marked sh or bash into a file of its own, named by its line.
 split() {
@@ -56,39 +57,60 @@ split() {
     /^ *```/ { file = "" } # where any block begins or ends
     file { print >file }
     /^ *```(sh|bash)$/ {
-      sub(/^ *```/, "# a block marked ")
-      file = sprintf("%s/%05d.%s", folder, NR, $NF)
-      print >file
+      file = sprintf("%s/%05d.%s", folder, NR, substr($NF, 4))
+      print "# a block marked " $NF >file
     }' "$1"
 }
 
-# blocks_are_sound: every block is Bash, and those of LEIAME.md are those of README.md, in the same order. Only the
-# comments in them are in another language.
-blocks_are_sound() {
-  local block
-  for block in "$TEST_DIR/blocks/README.md"/*; do bash -n "$block"; done
-  split LEIAME.md
-  diff -u --label README.md --label LEIAME.md <(commands README.md) <(commands LEIAME.md) ||
-    die 'the blocks of README.md and LEIAME.md differ'
+# documents_are_sound: links lead somewhere, every block is Bash, and the blocks of a document and its twin are the same in
+# the same order: only the comments in them are in another language. README.md is short.
+documents_are_sound() {
+  local document twin block
+  for document in "${documents[@]}"; do
+    twin=$(sed 's|^docs/|docs/pt/|; s|^README|LEIAME|' <<<"$document")
+    split "$document" && split "$twin"
+    diff -u --label "$document" --label "$twin" <(commands "$document") <(commands "$twin") || die "the blocks of $document and $twin differ"
+    for block in "$TEST_DIR/blocks/$document"/*; do bash -n "$block"; done
+  done
+  (($(wc -l <README.md) <= 220 && $(wc -c <README.md) <= 12000)) || die 'README.md has more than 220 lines or 12,000 bytes'
+  links_lead_somewhere ./*.md docs/*.md docs/pt/*.md
 }
 commands() { sed 's/  *# .*//' "$TEST_DIR/blocks/$1"/*; }
 
-# follow_readme MODE: runs the blocks that are marked sh, in order, each in a shell of its own, on ports and with
-# names of this check. Without Docker those that say "docker" are left out.
-follow_readme() {
-  local block line ran=0 blocks=("$TEST_DIR/blocks/README.md"/*.sh)
-  for block in "${blocks[@]}"; do
-    if is "$1" local && grep -qw docker "$block"; then continue; fi
-    line=$((10#$(basename "$block" .sh)))
-    title "README.md:$line"
-    bash -xeuo pipefail -c "$(sed -E "s/(localhost|127\.0\.0\.1):8000/127.0.0.1:$WEB_PORT/g; s/desafio3([-_])/$project\1/g" "$block")" ||
-      die "README.md:$line: the block that begins here failed"
-    ran=$((ran + 1))
-  done
-  say "README.md: $ran blocks ran, $((${#blocks[@]} - ran)) that need Docker were left out"
+# links_lead_somewhere FILE...: each relative link has its file, and its heading there. GitHub makes the anchor of a
+# heading of its letters, digits, hyphens and underscores, and of blanks, which become hyphens. The second heading of the
+# same words gets "-1".
+links_lead_somewhere() {
+  perl -CSDA -Mutf8 -MCwd=abs_path -MFile::Basename -ne '
+    if (/^#+ +(.*?) *$/) {
+      $heading = abs_path($ARGV) . "#" . lc $1 =~ s/\]\(.*?\)//gr =~ s/[^\w\- ]//gr =~ tr/ /-/r;
+      $there{"$heading-" . ($there{$heading} - 1)} = 1 if $there{$heading}++;
+    }
+    $wanted{abs_path(dirname($ARGV) . "/" . ($1 || basename($ARGV))) . $2} = "$ARGV: nothing is at $1$2\n"
+      while /\]\((?!\w+:)([^)# ]*)(#?[^) ]*)/g;
+    END {
+      # A line of code, as in main.go#L10, is no heading.
+      for (keys %wanted) { $? = print $wanted{$_} unless $there{$_} || !/#[^L]/ && -e s/#.*//r }
+    }' "$@"
 }
 
-# end_to_end MODE: what a user does with the stack, in a fresh copy. README.md starts it and runs the demonstrations.
+# follow_documents MODE: runs the blocks that are marked sh, in order, each in a shell of its own, on ports and with
+# names of this check. Without Docker those that say "docker" are left out.
+follow_documents() {
+  local block where ran=0 blocks=()
+  for where in "${documents[@]}"; do blocks+=("$TEST_DIR/blocks/$where"/*.sh); done
+  for block in "${blocks[@]}"; do
+    if is "$1" local && grep -qw docker "$block"; then continue; fi
+    where=${block#"$TEST_DIR/blocks/"}
+    title "$where"
+    bash -xeuo pipefail -c "$(sed -E "s/(localhost|127\.0\.0\.1):8000/127.0.0.1:$WEB_PORT/g; s/desafio3([-_])/$project\1/g" "$block")" ||
+      die "$where: this block failed. Its name is the line at which it begins"
+    ran=$((ran + 1))
+  done
+  say "$ran blocks ran, $((${#blocks[@]} - ran)) that need Docker were left out"
+}
+
+# end_to_end MODE: what a user does with the stack, in a fresh copy. The documents start it and run the demonstrations.
 end_to_end() {
   mkdir "$TEST_DIR/$1"
   # What a clone would have there, and what is not committed yet: all but what git leaves out, too.
@@ -99,18 +121,18 @@ end_to_end() {
   WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
   end_on_signals
   at_exit './scripts/clean.sh >/dev/null 2>&1'
-  follow_readme "$1"
+  follow_documents "$1"
 
-  title 'Starting it again is harmless, and populating it again does not double the catalogue'
+  # Starting it again is harmless, and populating it again does not double the catalogue.
   ./scripts/start.sh
   ./scripts/populate.sh
   holds_8_products
   ./scripts/monitor.sh 3
-  title 'The data outlives the stack'
+  # The data outlives the stack.
   ./scripts/stop.sh
   ./scripts/start.sh
   holds_8_products
-  title 'Cleaning leaves nothing'
+  # Cleaning leaves nothing.
   ./scripts/clean.sh
   claim 'no process listens on its port' not port_taken "$WEB_PORT"
   claim 'no folder with data' test ! -e "$state"
@@ -118,10 +140,6 @@ end_to_end() {
 }
 
 holds_8_products() { (attach && request GET /products && claim 'the catalogue holds 8 products' is "$(field count)" 8 && verdict); }
-
-# run_tests ARGUMENT...: most tests wait most of the time, so more of them run at the same time than there are processors;
-# but not so many that servers answer too late.
-run_tests() { go test -v -count=1 -parallel 6 "$@"; }
 
 # beside_swarm COMMAND...: runs it while demo_swarm.sh, also that of another check, may not leave its swarm.
 beside_swarm() { lock_engine --shared && "$@"; }
@@ -131,20 +149,16 @@ in_swarm() { is "$(swarm_state)" active; }
 
 have go || die 'Go is needed: https://go.dev/dl/'
 need 'gcc clang=gcc libc6-dev' # for the race detector
+need_servers
+PATH+=:/usr/sbin need pgbouncer perl
 need shellcheck 2>/dev/null || say 'shellcheck is not installed: the scripts are not checked'
 
-private_servers -c fsync=off
-if [[ -n ${RUN:-} ]]; then
-  run_tests -run "$RUN" .
-  exit
-fi
-
-split README.md
-step 'gofmt' formatted
-step 'go vet' go vet ./...
+TEST_DIR=$(mktemp -d)
+at_exit "end_jobs && rm -rf '$TEST_DIR'"
+step 'gofmt, go vet' formatted
 if have shellcheck; then step 'shellcheck' shellcheck -x scripts/*.sh .ci/run; fi
-step 'the blocks of README.md and LEIAME.md' blocks_are_sound
-step 'go test -race' run_tests -race -timeout 80m ./...
+step 'the documents' documents_are_sound
+step 'go test -race' go test -v -race -count=1 -timeout 80m ./...
 results # before the next steps: some tests measure times
 step 'end to end, without Docker' end_to_end local
 without_docker=$! reason=$(why_not_docker)

@@ -7,8 +7,10 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-need perl
-private_servers -c fsync=off
+need_servers
+PATH+=:/usr/sbin need pgbouncer perl
+TEST_DIR=$(mktemp -d)
+at_exit "rm -rf '$TEST_DIR'"
 
 wanted=" $* " survivors=0
 printf '%-22s %-34s %-9s %s\n' 'rule taken out' 'test' 'noticed' 'seconds'
@@ -18,7 +20,7 @@ mutant() {
   local began=$SECONDS noticed=yes tree=$TEST_DIR/$1 output=$TEST_DIR/$1.log
   if [[ $wanted != '  ' && $wanted != *" $1 "* ]]; then return; fi
   mkdir "$tree"
-  cp -R ./*.go go.mod go.sum schema.sql scripts "$tree"
+  cp -R ./*.go go.mod go.sum schema.sql "$tree"
   perl -0pi -e "$3" "$tree"/{main,products,cache,health}.go
   ! cmp -s <(cat ./*.go) <(cat "$tree"/*.go) || die "$1: its pattern does not match the service any more"
   (cd "$tree" && go test -count=1 -timeout 120s -v -run "^$2\$" .) >"$output" 2>&1 || true
