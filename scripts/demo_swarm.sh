@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Demonstration of docker-stack.yml: three replicas of the service on Docker Swarm, and clients that send requests
-# all the while. A replica dies, a new version comes, a bad one goes back by itself, the number of replicas
-# changes, and no request fails. It takes one to two minutes.
+# all the while. A replica is killed, a new version is rolled out, a bad one is rolled back automatically, the number of
+# replicas changes, and no request fails. It takes one to two minutes.
 #
-#   ./scripts/demo_swarm.sh                      # makes a swarm of this machine alone, and leaves it in the end
+#   ./scripts/demo_swarm.sh                      # makes a swarm of this machine only, and leaves it in the end
 #   ./scripts/demo_swarm.sh --use-this-swarm     # in the swarm of one node that this machine already is
 #
 # Everything that the script made is removed in the end. An engine that leaves a swarm forgets the names of the
@@ -75,11 +75,11 @@ in_clients() { docker exec "$clients" timeout 600 bash -c "LC_ALL=C; $(declare -
 seen=0 total=0
 no_request_failed() {
   local sent refused lost in_flight="^cut [A-Z]* ${1:-none}$"
-  claim 'more than a hundred requests were answered' wait_for 60 enough
+  claim 'more than 100 requests were answered' wait_for 60 enough
   refused=$(count '^refused') lost=$(count "$in_flight") sent=$(count -v '^refused')
   seen=$((seen + sent + refused)) total=$((total + sent))
   say "$sent requests, $(count PUT) of them writes; $refused connections refused and made to another replica"
-  if [[ -n ${1:-} ]]; then claim "in flight at the replica that was killed: $lost, at most one of each client" test "$lost" -le 4; fi
+  if [[ -n ${1:-} ]]; then claim "killed replica cut off $lost requests in flight, at most one per client" test "$lost" -le 4; fi
   claim 'no request failed' is "$(grep -vE "^ok|^refused|$in_flight" "$tmp/part" | sort | uniq -c)" ''
 }
 count() { grep -c "$@" "$tmp/part" || true; }
@@ -110,22 +110,22 @@ choose() { say "replica $1" && url=http://127.0.0.1:$(docker port "$1" 8000 | se
 # Swarm less patient than docker-stack.yml does, so that you do not wait where nothing happens.
 update() {
   run docker service update --detach --no-resolve-image --image "$stack-web:$1" "${@:3}" "${stack}_web"
-  claim "the update ends: $2" wait_for 240 update_is "$2"
+  claim "update ends as $2" wait_for 240 update_is "$2"
   docker service ps --format 'table {{.Name}}\t{{.Image}}\t{{.CurrentState}}' "${stack}_web" | sed 's/^/  /'
   claim 'all replicas run version 2' is "$(docker service ps -f desired-state=running --format '{{.Image}}' "${stack}_web" | sort -u)" "$stack-web:2"
 }
 update_is() { is "$(docker service inspect -f '{{.UpdateStatus.State}}' "${stack}_web")" "$1"; }
 
-case "$(docker info -f '{{.Swarm.LocalNodeState}} {{.Swarm.Nodes}}' 2>/dev/null || true) $*" in
-'inactive 0 ') ours=yes ;;
-'active 1 --use-this-swarm') ours='' ;;
-*) die 'this needs a Docker engine in no swarm, and no argument; or one that is a swarm by itself, and --use-this-swarm' ;;
-esac
-[[ -z $ours || -z $(compose_containers) ]] ||
-  die "when the engine leaves the swarm in the end, these would not find each other by name any more: $(compose_containers)
+reason=$(why_not_docker)
+[[ -z $reason ]] || die "$reason"
+[[ "$(docker info -f '{{.Swarm.LocalNodeState}} {{.Swarm.Nodes}}') $*" =~ ^(inactive 0 |active 1 --use-this-swarm)$ ]] ||
+  die 'this needs an engine in no swarm, and no argument; or a swarm of one node, and --use-this-swarm'
+leave=${1:-yes} leave=${leave#--use-this-swarm} # whether this script makes the swarm, and leaves it in the end
+[[ -z $leave || -z $(compose_containers) ]] ||
+  die "at the end the engine leaves the swarm, and these could not resolve each other's names any more: $(compose_containers)
   Stop their stacks first (./scripts/stop.sh), and start them afterwards (./scripts/start.sh)."
 
-[[ -z $(in_docker "$stack") ]] || die "these have names of this script's, which would remove them:"$'\n'"$(in_docker "$stack")"
+[[ -z $(in_docker "$stack") ]] || die "this script would remove these, because of their names:"$'\n'"$(in_docker "$stack")"
 before=$(swarm_state) bridge=$(docker network ls -q -f name=docker_gwbridge) # Swarm makes it, and leaves it behind
 labelled=$(docker node ls -q -f node.label=desafio3.data=true 2>/dev/null || true)
 tmp=$(mktemp -d)
@@ -134,19 +134,18 @@ tmp=$(mktemp -d)
 # a moment. check.sh, which runs stacks of Compose beside this script, holds the lock until they are gone.
 clean_up() {
   trap : INT TERM # a signal ends the wait for the lock, but not the removal
-  title 'Removing all of it'
+  title 'Clean-up'
   rm -rf "$tmp"
-  docker rm -f -v "$clients" >/dev/null 2>&1 || true
-  if [[ -n $ours ]]; then lock_engine --exclusive || true; fi
+  if [[ -n $leave ]]; then lock_engine --exclusive || true; fi
   wait_for 90 as_before >/dev/null 2>&1 || die "something is left: docker ps -a, docker volume ls and docker images show it"
-  if [[ -n $ours && -n $(compose_containers) ]]; then say "Started meanwhile, these do not find each other by name any more: docker restart $(compose_containers)"; fi
+  if [[ -n $leave && -n $(compose_containers) ]]; then say "Started meanwhile, these cannot resolve each other's names any more: docker restart $(compose_containers)"; fi
 }
 as_before() {
   docker rm -f -v "$clients"
   docker stack rm "$stack"
   docker secret rm "$POSTGRES_SECRET"
   if [[ -z $labelled ]]; then docker node update --label-rm desafio3.data "$(docker node ls -q)"; fi
-  if [[ -n $ours ]]; then docker swarm leave --force; fi
+  if [[ -n $leave ]]; then docker swarm leave --force; fi
   if [[ -z $bridge ]]; then docker network rm docker_gwbridge; fi
   docker volume rm "${stack}_swarm_postgres" "${stack}_swarm_redis"
   docker rmi "$stack-web:3" "$stack-web:2" "$stack-web"
@@ -156,8 +155,8 @@ at_exit clean_up
 
 # ---------------------------------------------------------------- the demonstration
 
-title '1. A swarm, the image in three versions, and the stack'
-if [[ -n $ours ]]; then quietly docker swarm init --advertise-addr 127.0.0.1 --listen-addr 127.0.0.1:2377; fi
+title '1. A swarm, three versions of the image, and the stack'
+if [[ -n $leave ]]; then quietly docker swarm init --advertise-addr 127.0.0.1 --listen-addr 127.0.0.1:2377; fi
 quietly docker compose build web
 version 2 'LABEL version=2'
 version 3 'ENV POSTGRES_PORT=1'
@@ -170,45 +169,44 @@ quietly docker run -d --name "$clients" --network "${stack}_default" --entrypoin
 if vip=$(in_clients 'connect >/dev/null && echo "$address"'); then
   say 'The virtual address of "web" works: the clients use it.'
 else
-  say 'The virtual address does not forward here: this kernel has no IPVS. So the stack runs with'
-  say 'endpoint_mode dnsrr: "web" is the list of the replicas, and the clients choose one.'
+  say 'The virtual address does not forward here: this kernel has no IPVS. With endpoint_mode dnsrr the clients choose a replica.'
   quietly docker service rm "${stack}_web"
   deploy dnsrr
 fi
 
-title '2. Three replicas answer in turn'
+title '2. Load balancing'
 # shellcheck disable=SC2016 # for the bash over there
 answers=$(in_clients 'for i in {1..30}; do connect && exchange GET /services && echo "$body"; done' |
   sed -n 's/.*"hostname":"\([^"]*\)".*/\1/p' | sort | uniq -c)
 echo "$answers"
-claim 'thirty requests to "web" reached all three containers' is "$(awk '{ print $2 }' <<<"$answers")" "$(replicas)"
+claim '30 requests to "web" reached all three replicas' is "$(awk '{ print $2 }' <<<"$answers")" "$(replicas)"
 
-title '3. What is written through one is read through all, and what one has cached is a hit at all'
+title '3. One cache for all replicas'
 choose "$(replicas | head -n 1)"
-create_product 'a product is created' '{"name":"Produto da demonstração","price":1.00}'
+create_product 'creation returns 201' '{"name":"Produto da demonstração","price":1.00}'
 price=1
 for writer in $(replicas); do
   choose "$writer"
   request PUT "/products/$id" "{\"price\":$((++price))}"
   for reader in $(replicas); do
     choose "$reader"
-    expect 'the new price, at once' "200 *\"price\":$price.00," GET "/products/$id"
-    claim 'and soon a hit' wait_for 20 hit
+    expect 'read through this replica returns the new price' "200 *\"price\":$price.00," GET "/products/$id"
+    claim 'read through this replica is soon a hit' wait_for 20 hit
   done
 done
 
-title '4. Four clients send requests from now on, a write among ten'
+title '4. Four clients, with one write in ten requests'
 # From one that connects for every request to one that keeps its connection for as long as it may.
 # Not what bash itself says about a connection that was reset: that one is counted as cut.
 # shellcheck disable=SC2016 # for the bash over there
 in_clients 'for many in 1 10 100 1000000; do client $many & done; wait' >"$tmp/requests" 2>/dev/null &
-claim 'they are at work, and write, too' wait_for 60 grep -q PUT "$tmp/requests"
+claim 'clients read and write' wait_for 60 grep -q PUT "$tmp/requests"
 
-title '5. A replica is killed'
+title '5. A killed replica'
 victim=$(replicas | head -n 1)
 address=$(docker inspect -f "{{(index .NetworkSettings.Networks \"${stack}_default\").IPAddress}}" "$victim")
 run docker kill "$victim"
-claim 'another one takes its place' wait_for 60 web_is 3
+claim 'another replica takes its place' wait_for 60 web_is 3
 docker service ps --format 'table {{.Name}}\t{{.CurrentState}}\t{{.Error}}' "${stack}_web" | sed 's/^/  /'
 no_request_failed "${vip:-$address}"
 
@@ -216,16 +214,16 @@ title '6. A new version'
 update 2 completed --update-monitor 5s
 no_request_failed
 
-title '7. A version that does not become healthy, since it looks for PostgreSQL at the wrong port'
+title '7. A bad version, which looks for PostgreSQL on the wrong port'
 update 3 rollback_completed --health-start-period 1s --health-retries 2
 no_request_failed
 
-title '8. From three replicas to five, and to two'
+title '8. Five replicas, then two'
 for number in 5 2; do
   run docker service scale --detach "${stack}_web=$number"
   claim "$number replicas are healthy" wait_for 60 web_is "$number"
   no_request_failed
 done
-say "$total requests in all"
+say "$total requests in total"
 
 verdict

@@ -3,12 +3,63 @@
 # words for the terminal, requests and claims for the demonstrations, PostgreSQL and Redis as plain
 # processes, and one way to reach the stack whether it runs under Docker or straight on the machine.
 # Sourcing it starts nothing.
+
+# ---------------------------------------------------------------- the environment and the file .env
+
+# Nothing in a stranger's environment may change what our tools do: no option of Bash, no function that replaces a
+# command, no setting of psql, redis-cli, ps, grep, git, go or Compose, no language with decimal commas. Proxies stay,
+# because docker, go and apt may need one to download. The function "http" below ignores them.
+set +o posix +o noclobber +o noglob && shopt -u failglob nullglob nocasematch
+# shellcheck disable=SC2046,SC2086 # lists of names
+unset -f $(compgen -A function) &&
+  unset CDPATH ENV BASH_ENV POSIXLY_CORRECT COLUMNS PAGER PSQL_PAGER PS_FORMAT PS_PERSONALITY \
+    GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GOFLAGS GOOS GOARCH GO111MODULE DOCKER_DEFAULT_PLATFORM \
+    COMPOSE_FILE COMPOSE_ENV_FILES COMPOSE_PROFILES COMPOSE_PROGRESS ${!PG@} ${!REDISCLI_@} ${!GREP_@}
+export LC_ALL=C GOWORK=off
+[[ -w ${TMPDIR:-/tmp} ]] || unset TMPDIR
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+# read_env: exports our settings from its input, as Compose reads them from the file .env. The environment wins. A value
+# is text, and nothing in it is executed. Outside single quotes, $NAME, ${NAME} and ${NAME:-default} stand for another
+# setting, and $$ for a dollar. Compose reads a value of several lines, too; this function does not.
+our_settings='^(COMPOSE_PROJECT_NAME|DESAFIO3_.*|POSTGRES_.*|REDIS_.*|(WEB_)?PORT|BIND_ADDRESS|CACHE_TTL|DRAIN_SECONDS|LOG_LEVEL)$'
+read_env() {
+  local line name value known entry other text assignment single double reference
+  # The three bytes are the mark with which some editors on Windows begin a file.
+  assignment=$'^(\xef\xbb\xbf)?''[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)[[:space:]]*[=:][[:space:]]*(.*)$'
+  single="^'(([^\\']|\\\\.)*)'" double='^"(([^\"]|\\.)*)"'
+  reference='^([^$]*)[$]([$]|([A-Za-z_][A-Za-z0-9_]*)|[{]([A-Za-z_][A-Za-z0-9_]*)(:?-([^}]*))?[}])(.*)$'
+  while IFS= read -r line || [[ -n $line ]]; do
+    [[ ${line%$'\r'} =~ $assignment ]] || continue
+    name=${BASH_REMATCH[3]} value=${BASH_REMATCH[4]} known=''
+    if [[ $value =~ $single ]]; then
+      known=${BASH_REMATCH[1]//\\\'/\'} value=''
+    elif [[ $value =~ $double ]]; then
+      value=$(printf %b "$(sed 's/\\"/"/g; s/\\\$/$$/g' <<<"${BASH_REMATCH[1]}")")
+    else
+      value=$(sed 's/ #.*//; s/[[:space:]]*$//' <<<"$value")
+    fi
+    while [[ $value =~ $reference ]]; do
+      other=${BASH_REMATCH[3]}${BASH_REMATCH[4]} entry=dotenv_$other text='$'
+      if [[ -n $other ]]; then text=${!other-${!entry-}}; fi
+      known+=${BASH_REMATCH[1]}${text:-${BASH_REMATCH[6]}} value=${BASH_REMATCH[7]}
+    done
+    printf -v "dotenv_$name" %s "$known$value"
+  done
+  for entry in ${!dotenv_@}; do
+    name=${entry#dotenv_}
+    [[ ! $name =~ $our_settings ]] || export "$name=${!name-${!entry}}"
+  done
+}
+
+# COMPOSE_DISABLE_ENV_FILE is Compose's own variable.
+if [[ -e .env && ! ${COMPOSE_DISABLE_ENV_FILE:-} =~ ^(1|[Tt]) ]]; then read_env <.env; fi
 
 # COMPOSE_PROJECT_NAME and DESAFIO3_STATE give a second stack names and a folder of its own.
 project=${COMPOSE_PROJECT_NAME:-desafio3}
 state=${DESAFIO3_STATE:-$PWD/.local} # data, logs and pids of the stack without Docker
-marker=$state/made-by-desafio3 # the file that says so: clean.sh removes no folder without it
+marker=$state/made-by-desafio3 # clean.sh removes no folder without this file
 
 # An interrupt ends the script, also where the program that it meets (docker, for one) takes it and ends as if
 # nothing had happened. So does a request to end (SIGTERM). The command that runs may finish first.
@@ -32,7 +83,7 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 [[ ${DESAFIO3_MODE:-local} =~ ^(local|docker)$ ]] || die "DESAFIO3_MODE must be local or docker, not \"$DESAFIO3_MODE\""
 
-# wait_for SECONDS COMMAND...: tries the command until it succeeds, for so long at most.
+# wait_for SECONDS COMMAND...: tries the command until it succeeds or the time is over.
 wait_for() {
   local deadline=$((SECONDS + $1))
   until "${@:2}"; do
@@ -41,6 +92,9 @@ wait_for() {
   done
 }
 
+# since START: how long ago that was, where START is an earlier value of SECONDS. Bash counts whole seconds.
+since() { echo "after less than $((SECONDS - $1 + 1)) s"; }
+
 # quietly COMMAND...: shows what it prints only when it fails, and leaves that in $answer. run COMMAND...: shows the
 # command, too.
 quietly() { answer=$("$@" 2>&1) || { printf '%s\nthis failed: %s\n' "$answer" "$*" >&2 && return 1; }; }
@@ -48,20 +102,27 @@ run() { say "\$$(printf ' %q' "$@")" && quietly "$@"; }
 
 # ---------------------------------------------------------------- requests and claims
 
+# http ARGUMENT...: curl, without a .curlrc and without a proxy between it and this machine.
+http() { curl -q --noproxy '*' -sS -m 20 "$@"; }
+
 # request METHOD PATH [JSON]: sends it to the service and prints a line about the answer, and the whole of one that
 # is no success. It leaves them in $status, $body, $cache (the header Cache-Status) and $micros (the microseconds).
+# The line has no time when $show_times is empty.
+show_times=yes
 request() {
-  local answer head
+  local answer head line
   # curl writes the status and the time in a line of their own after the answer, also when there is none or half of one.
-  answer=$(curl -sS -i -m 20 -X "$1" ${3:+-H 'Content-Type: application/json' --data-binary "$3"} \
+  answer=$(http -i -X "$1" ${3:+-H 'Content-Type: application/json' --data-binary "$3"} \
     -w '\n%{http_code} %{time_starttransfer}' "$url$2" 2>&1) || answer=${answer%$'\n'*}$'\n000 20.000000'
   answer=${answer//$'\r'/}
   read -r status micros <<<"${answer##*$'\n'}"
   micros=$((10#${micros/[.,]/})) answer=${answer%$'\n'*}
   head=${answer%%$'\n\n'*} body=${answer#*$'\n\n'} body=${body%$'\n'} cache=''
   if [[ $head =~ Cache-Status:\ ([^$'\n']*) ]]; then cache=${BASH_REMATCH[1]}; fi
-  say "$(printf '%-6s %-34s %s  %-17s %6d.%d ms' "$1" "$2" "$status" "$cache" \
-    "$((micros / 1000))" "$((micros % 1000 / 100))")"
+  printf -v line '%-6s %-34s %s  %-17s' "$1" "$2" "$status" "$cache"
+  if [[ -n $show_times ]]; then line+=$(printf ' %6d.%d ms' $((micros / 1000)) $((micros % 1000 / 100))); fi
+  if [[ $status == [45]* && ${expected:-} == "$status"* ]]; then line+=' (expected)'; fi
+  say "$line"
   if [[ -n ${3:-} ]]; then say "       $3"; fi
   if ! like '2*' "$status"; then say "       $body"; fi
 }
@@ -93,17 +154,21 @@ claim() {
 # expect WHAT ANSWER METHOD PATH [JSON]: sends a request, and claims how status, Cache-Status and body of its answer
 # begin: "200" or "200 redis; hit" or, as "*" stands for anything, '200 *"price":2.00'.
 expect() {
+  local expected=$2
   request "${@:3}"
   claim "$1" like "$2*" "$status $cache $body"
 }
 # shellcheck disable=SC2053 # a pattern
 like() { [[ $2 == $1 ]]; }
 
-# hit: reads the product $id and is true when Redis had it. cached PRICE: it soon has it, and with this price.
+# hit: reads the product $id and succeeds when Redis had it. cached PRICE: Redis soon has it, with this price.
 hit() { request GET "/products/$id" && is "$cache" 'redis; hit'; }
 cached() { wait_for 2 hit && is "$(field price)" "$1"; }
 
-# ask WHAT ANSWER sql|redis_cli WORDS...: the same for PostgreSQL or Redis, asked directly. It claims the answer.
+# price_is PRICE: the service answers with this price for the product $id.
+price_is() { request GET "/products/$id" >/dev/null && is "$status $(field price)" "200 $1"; }
+
+# ask WHAT ANSWER sql|redis_cli WORDS...: asks PostgreSQL or Redis directly, and claims the answer.
 ask() {
   local answer
   answer=$("${@:3}") || true
@@ -111,17 +176,12 @@ ask() {
   claim "$1" like "$2" "$answer"
 }
 
-verdict() {
-  printf '\n%d passed, %d failed\n' "$passed" "$failed"
-  ((failed == 0))
-}
+verdict() { printf '\n%d passed, %d failed\n' "$passed" "$failed" && ((failed == 0)); }
 
 # ---------------------------------------------------------------- what must be installed
 
 # Debian keeps PostgreSQL's servers off the PATH, and Homebrew its versions. A folder that is not there does no harm.
-find_postgres() {
-  PATH+=$(printf ':%s' /usr/lib/postgresql/*/bin /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin)
-}
+find_postgres() { PATH+=$(printf ':%s' /usr/lib/postgresql/*/bin {/opt/homebrew,/usr/local}/opt/postgresql*/bin); }
 find_postgres
 
 redis_server() { command -v redis-server || command -v valkey-server; }
@@ -137,10 +197,10 @@ need() {
   done
   [[ -n $missing ]] || return 0
   if ((EUID != 0)) || ! have apt-get; then
-    echo "Please install:$missing (Debian or Ubuntu: sudo apt-get install$missing; Homebrew: brew install postgresql redis)" >&2
+    echo "Not installed:$missing (Debian or Ubuntu: sudo apt-get install$missing; Homebrew: brew install postgresql redis)" >&2
     return 1
   fi
-  say "installing$missing"
+  say "Installing$missing ..."
   apt_install "$missing" && find_postgres
 }
 
@@ -151,10 +211,7 @@ apt_install() (
   policy=/usr/sbin/policy-rc.d clusters=/etc/postgresql-common/createcluster.d/desafio3.conf ours=$clusters
   trap 'rm -f $ours' EXIT
   install -D /dev/stdin "$clusters" <<<'create_main_cluster = false'
-  if [[ ! -e $policy ]]; then
-    ours+=" $policy"
-    install /dev/stdin "$policy" <<<$'#!/bin/sh\nexit 101'
-  fi
+  [[ -e $policy ]] || { ours+=" $policy" && install /dev/stdin "$policy" <<<$'#!/bin/sh\nexit 101'; }
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq || true # one source that does not answer may not be the one that is needed
   # shellcheck disable=SC2086 # a list of names
@@ -165,26 +222,23 @@ apt_install() (
 # need_servers: PostgreSQL, a Redis that is new enough, and the little that these scripts use are there.
 need_servers() {
   need curl ps=procps postgres=postgresql 'redis-server valkey-server=redis-server' || return 1
-  # It says "Redis server v=7.0.15 sha=...".
+  # It prints "Redis server v=7.0.15 sha=...".
   [[ $("$(redis_server)" --version) =~ \ v=([7-9]|[1-9][0-9]+)\. ]] ||
-    { echo "Redis 7.0 or newer is needed, or Valkey: $(redis_server) is older" >&2; return 1; }
+    { echo "$(redis_server) is too old: Redis 7.0 or newer is needed, or Valkey" >&2; return 1; }
 }
 
 port_taken() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
 # free_port: a port that nobody listens on, from below the range that outgoing connections use.
 free_port() {
-  local port
-  while port=$((20000 + RANDOM % 12000)) && port_taken "$port"; do :; done
-  echo "$port"
+  local port=$((20000 + RANDOM % 12000))
+  if port_taken "$port"; then free_port; else echo "$port"; fi
 }
 
 # ---------------------------------------------------------------- PostgreSQL and Redis as plain processes
 
 # PostgreSQL refuses to run as root. The change of folder is for a user that may not enter this one.
-as_postgres() {
-  if ((EUID == 0)); then (cd / && exec runuser -u postgres -- "$@"); else "$@"; fi
-}
+as_postgres() { if ((EUID == 0)); then (cd / && exec runuser -u postgres -- "$@"); else "$@"; fi; }
 
 # start_postgres DIR [ARGUMENT...]: starts a PostgreSQL on port POSTGRES_PORT of 127.0.0.1 with its data and its log in
 # DIR, and returns when it answers. One that runs is left alone. Where there is no cluster it is made first, with its
@@ -200,6 +254,8 @@ start_postgres() {
   mkdir -p "$home" && home=$(cd -P "$home" && pwd) && chown "$(as_postgres id -u)" "$home" || return 1
   # Its pid alone proves nothing: after a crash of the machine the number may be somebody else's.
   if as_postgres pg_ctl -D "$home/data" status >/dev/null 2>&1 && pg_isready -q -h 127.0.0.1 -p "$POSTGRES_PORT"; then return 0; fi
+  # A server whose data was removed notices that within a minute, and ends.
+  ! port_taken "$POSTGRES_PORT" || { say "Waiting for port $POSTGRES_PORT ..." && wait_for 90 not port_taken "$POSTGRES_PORT"; } || true
   {
     if [[ ! -e $home/data ]]; then
       # Made under another name, so that a cluster called "data" is always a whole one. initdb reads the
@@ -228,7 +284,7 @@ start_redis() {
   if alive "$1/redis.pid" "-server 127.0.0.1:$REDIS_PORT"; then return 0; fi
   mkdir -p "$1/redis"
   { (cd "$1/redis" && "$(redis_server)" --bind 127.0.0.1 --port "$REDIS_PORT" --requirepass "$REDIS_PASSWORD" \
-    --save '60 1' --maxmemory 64mb --maxmemory-policy volatile-lru \
+    --save '60 1' --stop-writes-on-bgsave-error no --maxmemory 64mb --maxmemory-policy volatile-lru \
     --daemonize yes --pidfile ../redis.pid --logfile ../redis.log >/dev/null) &&
     wait_for 60 local_redis -e ping >/dev/null 2>&1; } || { tail -n 20 "$1/redis.log" >&2; return 1; }
 }
@@ -237,7 +293,8 @@ stop_redis() { end_process "$1/redis.pid" '-server 127.0.0.1:' 30; }
 
 # local_redis COMMAND...: what redis-cli prints for it.
 local_redis() {
-  ${REDIS_PASSWORD:+env "REDISCLI_AUTH=$REDIS_PASSWORD"} "$(redis_server | sed 's/server$/cli/')" -h 127.0.0.1 -p "$REDIS_PORT" "$@"
+  ${REDIS_PASSWORD:+env} ${REDIS_PASSWORD:+"REDISCLI_AUTH=$REDIS_PASSWORD"} \
+    "$(redis_server | sed 's/server$/cli/')" -h 127.0.0.1 -p "$REDIS_PORT" "$@"
 }
 
 # private_servers [ARGUMENT...]: a PostgreSQL, with these arguments, and a Redis of a test's own, in a new folder TEST_DIR
@@ -264,7 +321,7 @@ remove_servers() {
 }
 
 # alive PIDFILE NAME: the process noted there runs, and is the one we mean: NAME is in its command line.
-alive() { has "$(ps -p "$(cat "$1" 2>/dev/null)" -o command= 2>/dev/null)" "$2"; }
+alive() { has "$(ps -ww -p "$(cat "$1" 2>/dev/null)" -o command= 2>/dev/null)" "$2"; }
 
 # end_process PIDFILE NAME SECONDS: asks it to end, and after so many seconds makes it.
 end_process() {
@@ -298,16 +355,36 @@ gone() { ! kill -0 -- "-$1" 2>/dev/null; }
 
 # ---------------------------------------------------------------- the stack, with Docker or without
 
-# why_not_docker: prints what is missing for Docker, or nothing when all is there. Compose has --wait-timeout since 2.17.
-why_not_docker() {
-  have docker || { echo 'there is no docker command'; return; }
-  docker info >/dev/null 2>&1 || { echo 'no Docker engine answers'; return; }
-  has "$(docker compose up --help 2>&1)" --wait-timeout || { echo 'Docker Compose 2.17 or newer is missing'; return; }
-  sed -nE 's/^(FROM| *image:) +([^ $]+:[^ ]+).*/\2/p' Dockerfile docker-compose.yml | while read -r image; do
-    docker image inspect "$image" >/dev/null 2>&1 || docker pull "$image" >&2 ||
-      { echo "the image $image is not here and could not be downloaded"; return; }
-  done
+# remote_engine: prints where Docker's engine is, and succeeds, when that is another machine. It does not connect to it.
+remote_engine() {
+  local engine='' here='^(unix|npipe):|^tcp://(localhost|127[.]|\[::1])'
+  engine=$(docker context inspect -f '{{.Endpoints.docker.Host}}' 2>/dev/null) || true
+  [[ -n $engine && ! $engine =~ $here ]] && echo "$engine"
 }
+
+# why_not_docker: prints a line on what is wrong with Docker and one on how to fix it, or nothing when all is well.
+# Compose has --wait-timeout since 2.17.
+why_not_docker() {
+  local said
+  have docker || { because 'Docker is not installed.' 'install it: https://docs.docker.com/get-docker/'; return; }
+  if said=$(remote_engine); then
+    because "The Docker engine is on another machine, $said." 'unset DOCKER_HOST DOCKER_CONTEXT; docker context use default'
+  elif ! said=$(docker info 2>&1); then
+    case $said in
+    *'permission denied'*) because 'You have no permission to use Docker.' "sudo usermod -aG docker $(id -un), then log out and in" ;;
+    *'daemon running'*) because 'The Docker engine is not running.' 'start Docker Desktop, or: sudo systemctl start docker' ;;
+    *) because "Docker does not work: ${said##*$'\n'}" 'docker info shows more' ;;
+    esac
+  elif ! has "$(docker compose up --help 2>&1)" --wait-timeout; then
+    because 'Docker Compose 2.17 or newer is missing.' 'install the plugin: https://docs.docker.com/compose/install/'
+  else
+    sed -nE 's/^(FROM| *image:) +([^ $]+:[^ ]+).*/\2/p' Dockerfile docker-compose.yml | while read -r image; do
+      docker image inspect "$image" >/dev/null 2>&1 || docker pull "$image" >&2 ||
+        { because "The image $image is not here and cannot be downloaded." "docker pull $image shows why"; return; }
+    done
+  fi
+}
+because() { printf '%s\nTo fix it: %s\n' "$@"; }
 
 # project_label: filters Docker's lists down to this project's. folder_label: where Compose notes the project's folder.
 project_label="label=com.docker.compose.project=$project"
@@ -323,25 +400,23 @@ in_docker() { { docker ps -a && docker volume ls && docker network ls && docker 
 # lock_engine --shared|--exclusive: until this shell ends. An engine that leaves a swarm forgets the names of the containers that run
 # (https://github.com/moby/moby/issues/45144). So demo_swarm.sh takes the lock before it leaves its swarm, and check.sh
 # shares it while it runs stacks of Compose.
-lock_engine() {
-  have flock || return 0
-  exec 9<"$(command -v docker)"
-  flock "$1" 9
-}
+lock_engine() { ! have flock || { exec 9<"$(command -v docker)" && flock "$1" 9; }; }
 
-# running_mode: prints "local" or "docker", whichever stack is there; DESAFIO3_MODE decides if it is set.
-running_mode() {
-  local containers
-  if [[ -n ${DESAFIO3_MODE:-} ]]; then echo "$DESAFIO3_MODE"; return 0; fi
-  containers=$(docker ps -a -f "$project_label" --format '{{.State}}' 2>/dev/null || true)
-  if [[ -e $marker && -e $state/env ]]; then # it is there from start to stop
-    ! has "$containers" running ||
-      say 'Two stacks run: this is about the one without Docker. DESAFIO3_MODE=docker is for the other one.' >&2
-    echo local
-  elif [[ -n $containers ]]; then
-    echo docker
-  else
-    return 1
+# find_mode: sets $mode to "local" or "docker", whichever stack is there, or to nothing. DESAFIO3_MODE decides if it is
+# set. An engine on another machine ends the script: it has neither the ports nor the files of this one.
+find_mode() {
+  local containers=''
+  mode=${DESAFIO3_MODE:-}
+  if is "$mode" local; then return; fi
+  if [[ -z $mode && -e $marker && -e $state/env ]]; then mode=local; fi # the files are there from start to stop
+  if ! remote_engine >/dev/null; then
+    containers=$(docker ps -a -f "$project_label" --format '{{.State}}' 2>/dev/null) || true
+  elif ! is "$mode" local; then
+    die "$(why_not_docker)"$'\n'"Or work without Docker: DESAFIO3_MODE=local $0"
+  fi
+  mode=${mode:-${containers:+docker}}
+  if is "$mode" local && has "$containers" running; then
+    say 'Two stacks run. This is about the one without Docker: DESAFIO3_MODE=docker chooses the other one.' >&2
   fi
 }
 
@@ -350,8 +425,8 @@ running_mode() {
 own_stack() {
   local folder
   while read -r folder; do
-    [[ ! -e $folder || $folder -ef $PWD ]] || die "the stack $project belongs to $folder. Work there, or give this one a name of its own:
-  COMPOSE_PROJECT_NAME=$project-2 WEB_PORT=8001 POSTGRES_PORT=5433 REDIS_PORT=6380 $0"
+    [[ ! -e $folder || $folder -ef $PWD ]] || die "the stack $project belongs to $folder. Work there, or give this one a name
+  and ports of its own: COMPOSE_PROJECT_NAME=$project-2 WEB_PORT=8001 POSTGRES_PORT=5433 REDIS_PORT=6380 $0"
   done < <(
     docker ps -a -f "$project_label" --format "{{.Label \"$folder_label\"}}"
     docker volume ls -f "$project_label" --format "{{.Label \"$folder_label\"}}"
@@ -361,17 +436,20 @@ own_stack() {
 # attach: finds the stack that runs, and sets $mode and $url for the functions below and for request.
 attach() {
   local not_running='the stack is not running: start it with ./scripts/start.sh'
-  mode=$(running_mode) || die "$not_running"
+  find_mode
   if is "$mode" local; then
     # shellcheck source=/dev/null
     source "$state/env" 2>/dev/null || die "$not_running" # its ports and passwords
     alive "$state/web.pid" "$state/web" || die 'the service has ended: ./scripts/logs.sh web says why, ./scripts/start.sh starts it'
     url=$BIND_ADDRESS:$WEB_PORT
   else
+    [[ -n $mode ]] || die "$not_running"
     own_stack
     url=$(docker port "$project-web" 8000 2>/dev/null | head -n 1) || die "$not_running"
   fi
-  url=http://${url/#0.0.0.0/127.0.0.1}
+  # "::1:8000" is an address and a port, in which a URL needs brackets. Every address includes this machine's own.
+  if [[ $url == *:*:* && $url != \[* ]]; then url="[${url%:*}]:${url##*:}"; fi
+  url=${url/#0.0.0.0/127.0.0.1} url=http://${url/#\[::]/[::1]}
 }
 
 # create_product WHAT JSON: claims that a product is created, and leaves its number in $id. Without one the script ends.
@@ -391,9 +469,7 @@ delete_product() { [[ -z $id ]] || wait_for 60 deleted || say "the product $id i
 deleted() { request DELETE "/products/$id" >/dev/null && like '[24]04' "$status"; }
 
 # own_folder: refuses a folder for the data that start.sh has not made.
-own_folder() {
-  [[ -e $marker ]] || die "$state lacks the file ${marker##*/}, which start.sh leaves in a folder that it makes: it is left alone"
-}
+own_folder() { [[ -e $marker ]] || die "$state was not made by start.sh and is left alone: it has no file ${marker##*/}"; }
 
 # stop_local: ends the stack without Docker and keeps its data.
 stop_local() {
@@ -416,6 +492,9 @@ show_stack() {
 # what_it_logged: the last lines of its input, without those of the health checks.
 what_it_logged() { grep -v path=/health | tail -n 20 | sed 's/^/    | /' || true; }
 
+# docker_agrees: Docker's own health checks, which lag by some seconds, find no container unhealthy or starting.
+docker_agrees() { is "$mode" local || [[ ! $(docker ps -f "$project_label" --format '{{.Status}}') =~ unhealthy|starting ]]; }
+
 # show_unhealthy: which containers run, and what those that are not healthy have logged.
 show_unhealthy() {
   show_stack
@@ -430,35 +509,30 @@ show_unhealthy() {
 cache_in_use() { request GET /stats >/dev/null && has "$body" '"trusted":true'; }
 need_cache() { wait_for 20 cache_in_use || die 'the service does not use its cache: ./scripts/logs.sh web says why'; }
 
-# sql QUERY: what psql prints for it, bare. It shows PostgreSQL the password, as the service does: in the
-# container, too, it asks by the network's address, since a local connection needs none there.
-sql() {
+# postgres_client psql|pg_dump ARGUMENT...: runs it on the stack's database. It shows PostgreSQL the password, as the
+# service does: in the container, too, it asks by the network's address, since a local connection needs none there.
+postgres_client() {
   if is "$mode" local; then
-    PGPASSWORD=$POSTGRES_PASSWORD psql -h 127.0.0.1 -p "$POSTGRES_PORT" -U "$POSTGRES_USER" -d "$POSTGRES_DB" -XqtAc "$1"
+    PGPASSWORD=$POSTGRES_PASSWORD "$1" -h 127.0.0.1 -p "$POSTGRES_PORT" -U "$POSTGRES_USER" -d "$POSTGRES_DB" "${@:2}"
   else
     # shellcheck disable=SC2016 # the container's own variables
-    docker exec "$project-postgres" sh -c \
-      'PGPASSWORD=$POSTGRES_PASSWORD psql -h "$HOSTNAME" -U "$POSTGRES_USER" -d "$POSTGRES_DB" -XqtAc "$1"' sh "$1"
+    docker exec -i "$project-postgres" sh -c \
+      'PGPASSWORD=$POSTGRES_PASSWORD "$0" -h "$HOSTNAME" -U "$POSTGRES_USER" -d "$POSTGRES_DB" "$@"' "$@"
   fi
 }
 
+# sql QUERY: what psql prints for it, bare.
+sql() { postgres_client psql -XqtAc "$1" </dev/null; }
+
 # redis_cli COMMAND...: what redis-cli prints for it.
-redis_cli() {
-  if is "$mode" local; then local_redis "$@"; else docker exec "$project-redis" redis-cli "$@"; fi
-}
+redis_cli() { if is "$mode" local; then local_redis "$@"; else docker exec "$project-redis" redis-cli "$@"; fi; }
 
 # control stop|start|pause|unpause postgres|redis: does it to one server (without Docker, only Redis can
 # be paused), and shows the command that does it under Docker.
 control() {
-  if is "$mode" docker; then
-    say "\$ docker $1 $project-$2"
-    docker "$1" "$project-$2" >/dev/null
-  else
-    say "$1 $2"
-    case "$1 $2" in
-    'pause redis') kill -STOP "$(<"$state/redis.pid")" ;;
-    'unpause redis') kill -CONT "$(<"$state/redis.pid")" ;;
-    *) "$1_$2" "$state" ;;
-    esac
-  fi
+  if is "$mode" docker; then run docker "$1" "$project-$2"; return; fi
+  say "$1 $2"
+  "$1_$2" "$state"
 }
+pause_redis() { kill -STOP "$(<"$1/redis.pid")"; }
+unpause_redis() { kill -CONT "$(<"$1/redis.pid")"; }

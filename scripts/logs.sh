@@ -8,7 +8,8 @@ left_out='path=/health status=200'
 if is "${1:-}" --all; then shift && left_out='no line has this'; fi
 [[ ${1:-} =~ ^(|web|postgres|redis)$ && $# -le 1 ]] || die 'usage: ./scripts/logs.sh [--all] [web|postgres|redis]'
 
-mode=$(running_mode) || die 'the stack is not running: start it with ./scripts/start.sh'
+find_mode
+[[ -n $mode ]] || die 'the stack is not running: start it with ./scripts/start.sh'
 if is "$mode" docker; then
   docker compose logs --follow --tail 500 "$@"
 else

@@ -8,11 +8,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 if [[ $# -gt 1 || ! ${1:-1} =~ ^[1-9][0-9]{0,8}$ ]]; then die 'usage: ./scripts/monitor.sh [SECONDS]'; fi
 attach
 
-# fetch PATH: leaves the answer in $body, and nothing where there is none. While a server is silent it takes 2 s.
-fetch() { body=$(curl -s -m 3 "$url$1") || body=''; }
+# fetch PATH: leaves the answer in $body, and nothing where there is none. While a server is unresponsive it takes 2 s.
+fetch() { body=$(http -m 3 "$url$1" 2>/dev/null) || body=''; }
 
 # look: asks for everything that is shown. Without an answer the figures are dashes, and the counts stay as they were.
 # In $new is what was counted since the last look. A service that started again began at 0.
+# shellcheck disable=SC2034 # show finds web and postgres by their names
 look() {
   local i
   time=$(date +%T) web='no answer' postgres='?' redis='?' figures='hit rate -  keys -  memory -  products -'
@@ -27,7 +28,7 @@ look() {
     figures+="  keys $(field keys | sed s/null/-/)  memory $(field memory_used)  products $(field products)"
     if is "$redis" connected && has "$body" '"trusted":false'; then redis='connected, not yet in use'; fi
   elif [[ -n $body ]]; then
-    web=$(field detail) # what the service says when PostgreSQL is away
+    web=$(field detail) # what the service says when PostgreSQL is unavailable
   fi
   for i in 0 1 2; do
     new[i]=$((now[i] < before[i] ? now[i] : now[i] - before[i]))
@@ -35,38 +36,29 @@ look() {
   before=("${now[@]}")
 }
 
-line() {
-  printf '%s  web: %s  postgres: %s  redis: %s  hits %d  misses %d  bypasses %d  %s\n' \
-    "$time" "$web" "$postgres" "$redis" "${new[@]}" "$figures"
-}
-
-# draw: the same as a picture. Each line ends by erasing what was to its right, and the last what was below.
-draw() {
-  local name colour width
-  printf '\e[H%s%s   %s%s\e[K\n\e[K\n' "$bold" "$project" "$time" "$plain"
+# show: what look has found, with $between before each item. On a terminal the counts have bars. The longest bar of the
+# last seconds has $width columns, and is forgotten bit by bit.
+show() {
+  local name colour i bar width=0 counts=(hits misses bypasses) colours=("$green" "$red" "$bold")
+  if [[ -t 1 ]]; then width=$(($(tput cols 2>/dev/null || echo 80) - 24)); fi
+  peak=$(printf '%d\n' 10 $((peak * 9 / 10)) "${new[@]}" | sort -n | tail -n 1)
+  printf '%s%s%s %s%s' "$before_all" "$bold" "$project" "$time" "$plain"
   for name in web postgres redis; do
     if [[ ${!name} =~ ^(running|connected)$ ]]; then colour=$green; else colour=$red; fi
-    printf '  %-10s%s%s%s\e[K\n' "$name" "$colour" "${!name}" "$plain"
+    printf '%s%-10s%s%s%s' "$between" "$name" "$colour" "${!name}" "$plain"
   done
-  printf '\e[K\n'
-  width=$(($(tput cols) - 24)) # of the longest bar of the last seconds, which is forgotten bit by bit
-  peak=$(printf '%d\n' 10 $((peak * 9 / 10)) "${new[@]}" | sort -n | tail -n 1)
-  bar hits "${new[0]}" "$green"
-  bar misses "${new[1]}" "$red"
-  bar bypasses "${new[2]}" "$bold"
-  printf '\e[K\n  %s\e[K\e[J' "$figures"
-}
-bar() {
-  local blocks=''
-  if ((width > 0)); then printf -v blocks '%*s' $(($2 * width / peak)) ''; fi
-  printf '  %-10s%s%s%s %d\e[K\n' "$1" "$3" "${blocks// /█}" "$plain" "$2"
+  for i in 0 1 2; do
+    bar=$(printf '%*s' $((width > 0 ? new[i] * width / peak : 0)) '')
+    printf '%s%-10s%s%s%s %d' "$between" "${counts[i]}" "${colours[i]}" "${bar// /█}" "$plain" "${new[i]}"
+  done
+  printf '%s%s%s' "$between" "$figures" "$after_all"
 }
 
-# The picture has a screen of its own, without a cursor and without wrapped lines. However this ends, the terminal
-# is as it was.
-show=line
+# A terminal gets a picture on a screen of its own, without a cursor and without wrapped lines. It is drawn from the
+# top, each line erases what was to its right, and the last one what was below. However this ends, the terminal is as it was.
+before_all='' between='  ' after_all=$'\n'
 if [[ -t 1 ]]; then
-  show=draw
+  before_all=$'\e[H' between=$'\e[K\n  ' after_all=$'\e[K\e[J'
   trap 'printf "\e[?7h\e[?25h\e[?1049l"' EXIT
   printf '\e[?1049h\e[?25l\e[?7l'
 fi
@@ -77,5 +69,5 @@ look
 for ((second = 1; second <= ${1:-999999999}; second++)); do
   sleep 1
   look
-  $show
+  show
 done

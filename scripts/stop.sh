@@ -3,16 +3,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-case $(running_mode || true) in
+find_mode
+case $mode in
 docker)
-  own_stack
   # Not "down", which removes the containers: they remember in which folder this stack is at home.
-  docker compose stop
-  say 'Stopped. The data is in the volumes.'
+  own_stack && docker compose stop && say 'Stopped. The data is in the volumes.'
   ;;
-local)
-  stop_local
-  say "Stopped. The data is in $state."
-  ;;
+local) stop_local && say "Stopped. The data is in $state." ;;
 *) say 'Nothing is running.' ;;
 esac

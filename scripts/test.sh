@@ -1,54 +1,54 @@
 #!/usr/bin/env bash
-# Tries the API, endpoint by endpoint, and checks every answer. It works on a product of its own, which
-# it deletes in the end.
+# Tries the API, endpoint by endpoint, and checks every answer. It works on a product of its own, which it deletes in
+# the end.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
 at_exit delete_product
 
 title '1. Information and health'
-expect 'the service introduces itself' '200 *"endpoints"' GET /
-expect 'it is healthy, and so are both servers' '200 *"healthy","database":"connected","cache":"connected"' GET /health
-expect 'it tells of all three services' '200 *"web":*"postgres":*"redis":' GET /services
-claim 'the cache is in use' wait_for 20 cache_in_use
-expect 'it counts what the cache does' '200 *"hit_rate"' GET /stats
+expect 'GET / lists the endpoints' '200 *"endpoints"' GET /
+claim 'cache is in use' wait_for 20 cache_in_use
+expect 'service and both servers are healthy' '200 *"healthy","database":"connected","cache":"connected"' GET /health
+expect 'all three services are described' '200 *"web":*"postgres":*"redis":' GET /services
+expect 'statistics include the hit rate' '200 *"hit_rate"' GET /stats
 products=$(field products)
 
-title '2. Create and read'
-create_product 'a product is created' \
+title '2. Creation and reads'
+create_product 'creation returns 201' \
   '{"name":"Produto Teste","description":"Descrição do produto","price":99.99,"stock":100,"category":"test"}'
-claim 'its price is exact' is "$(field price)" 99.99
-expect 'the first read comes from PostgreSQL' '200 redis; fwd=miss' GET "/products/$id"
+claim 'price is exact' is "$(field price)" 99.99
+expect 'first read comes from PostgreSQL' '200 redis; fwd=miss' GET "/products/$id"
 first=$body
-expect 'the second one from Redis' '200 redis; hit' GET "/products/$id"
-claim 'and both are the same bytes' is "$body" "$first"
-expect 'the list has one more than before, this one' "200 *\"count\":$((products + 1)),*\"id\":$id," GET /products
-expect 'a filtered page has one product of that category' '200 *"count":1,*"category":"test"' GET '/products?category=test&limit=1'
+expect 'second read comes from Redis' '200 redis; hit' GET "/products/$id"
+claim 'both reads return the same bytes' is "$body" "$first"
+expect 'list contains the new product' "200 *\"count\":$((products + 1)),*\"id\":$id," GET /products
+expect 'filtered page contains one product of the category' '200 *"count":1,*"category":"test"' GET '/products?category=test&limit=1'
 
 title '3. Update'
-expect 'it is updated, and what was not sent stays' \
+expect 'update changes only the fields sent' \
   '200 *"name":"Produto Atualizado","description":"Descrição do produto","price":149.99,"stock":50,' \
   PUT "/products/$id" '{"name":"Produto Atualizado","price":149.99,"stock":50}'
-expect 'the next read is the new product, not the cached old one' '200 redis; fwd=miss *"price":149.99,' GET "/products/$id"
+expect 'read after the update returns the new price' '200 redis; fwd=miss *"price":149.99,' GET "/products/$id"
 
-title '4. What is refused'
-expect 'broken JSON' 400 POST /products '{"name":'
-expect 'broken rules, every field at fault' '422 *"errors":{"name":*"price":' POST /products '{"name":"  ","price":-1}'
-expect 'an update of nothing' 422 PUT "/products/$id" '{}'
-expect 'a product that does not exist' 404 GET /products/999999999999
-expect 'an id that is none' 404 GET /products/abc
-expect 'a parameter that does not exist' 400 GET '/products?color=blue'
-expect 'a method that does not exist' 405 PATCH /products
-expect 'and nothing of it changed the product' '200 *"price":149.99,' GET "/products/$id"
+title '4. Rejected requests'
+expect 'malformed JSON returns 400' 400 POST /products '{"name":'
+expect 'invalid fields return 422 with an error each' '422 *"errors":{"name":*"price":' POST /products '{"name":"  ","price":-1}'
+expect 'empty update returns 422' 422 PUT "/products/$id" '{}'
+expect 'unknown product returns 404' 404 GET /products/999999999999
+expect 'invalid id returns 404' 404 GET /products/abc
+expect 'unknown parameter returns 400' 400 GET '/products?color=blue'
+expect 'unsupported method returns 405' 405 PATCH /products
+expect 'rejected requests leave the product unchanged' '200 *"price":149.99,' GET "/products/$id"
 
-title '5. Clear the cache'
-expect 'it is cleared' 200 DELETE /cache/clear
-expect 'the next list comes from PostgreSQL' '200 redis; fwd=miss' GET /products
+title '5. Cache clearing'
+expect 'clearing the cache returns 200' 200 DELETE /cache/clear
+expect 'list after the clearing comes from PostgreSQL' '200 redis; fwd=miss' GET /products
 
-title '6. Delete'
-expect 'it is deleted' 204 DELETE "/products/$id"
-expect 'and gone' 404 GET "/products/$id"
-expect 'it cannot be deleted twice' 404 DELETE "/products/$id"
-expect 'the catalogue is as it was' "200 *\"count\":$products," GET /products
+title '6. Deletion'
+expect 'deletion returns 204' 204 DELETE "/products/$id"
+expect 'deleted product returns 404' 404 GET "/products/$id"
+expect 'second deletion returns 404' 404 DELETE "/products/$id"
+expect 'catalogue is as large as before' "200 *\"count\":$products," GET /products
 
 verdict
