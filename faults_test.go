@@ -99,7 +99,7 @@ func (s *testServer) wantBypass() {
 // mended, they are used.
 func TestRedisUnfit(t *testing.T) {
 	_, cfg := alone(t)
-	applySchema(t.Context(), startReplica(t, cfg).db)
+	startServer(t, cfg)
 	master, _ := startRedis(t, cfg)
 	for _, c := range []struct{ unfit, mended string }{
 		{"CONFIG SET maxmemory-policy allkeys-lru", "CONFIG SET maxmemory-policy noeviction"},
@@ -152,7 +152,7 @@ func TestPostgresFails(t *testing.T) {
 
 	t.Cleanup(startPostgres) // also if the test fails before that
 	stopPostgres()
-	eventually(t, "trust has ended", func() bool { return !s.cache.trusted() })
+	eventually(t, "trust has ended", func() bool { return !s.cache.Trusted() })
 	wantAllUnavailable(t, s, time.Second)
 	s.want(200, "GET", "/", "")
 	s.want(200, "GET", "/services", "")
@@ -178,7 +178,7 @@ func TestPostgresSilent(t *testing.T) {
 		proxy.pause(sinceStart)
 		s := startReplica(t, cfg)
 		if !sinceStart {
-			applySchema(t.Context(), s.db)
+			s.awaitSchema()
 			s.awaitHit("/products")
 			s.everything()
 			proxy.pause(true)
@@ -186,7 +186,7 @@ func TestPostgresSilent(t *testing.T) {
 		wantAllUnavailable(t, s, 6*time.Second)
 		s.wantHealth(503, "unhealthy", "disconnected", "connected")
 		proxy.pause(false)
-		applySchema(t.Context(), s.db)
+		s.awaitSchema()
 		// The keys of the writes whose outcome nobody knows stay empty until their marks expire; a new product has none.
 		path := ""
 		eventually(t, "a write works", func() bool {
@@ -210,7 +210,8 @@ func wantAllUnavailable(t *testing.T, s *testServer, limit time.Duration) {
 	concurrently(10*len(requests), func(i int) { // more than the pool has connections
 		c := requests[i%len(requests)]
 		a, err := s.trySend(c.method, c.path, strings.Replace(c.body, "#", strconv.Itoa(i), 1))
-		if err != nil || a.status != 503 || a.took > limit || a.header.Get("Retry-After") == "" || !strings.Contains(a.body, "database unavailable") {
+		if err != nil || a.status != 503 || a.took > limit ||
+			(a.header.Get("Retry-After") == "") != strings.Contains(a.body, "may have been made") || !strings.Contains(a.body, "database unavailable") {
 			t.Errorf("%s %s: %d after %v, %v %v %s", c.method, c.path, a.status, a.took, err, a.header, a.body)
 		}
 		wantProblem(t, a)
@@ -222,15 +223,16 @@ func wantAllUnavailable(t *testing.T, s *testServer, limit time.Duration) {
 func TestServerWithoutTLS(t *testing.T) {
 	cfg := testConfig()
 	server, port := listen(t)
-	cfg.postgresSSLMode, cfg.postgresPort = "prefer", port
+	cfg.sslMode, cfg.postgresPort = "prefer", port
 	s := startReplica(t, cfg)
 	conn := must(server.Accept())
 	defer conn.Close()
 	check(conn.SetDeadline(time.Now().Add(5 * time.Second)))
 	must(io.ReadFull(conn, make([]byte, 8))) // an SSLRequest
 	must(conn.Write([]byte("N")))
-	_, err := conn.Read(make([]byte, 1))
-	equal(t, "the end of the connection", err, io.EOF)
+	startup := make([]byte, 8)
+	must(io.ReadFull(conn, startup)) // in the clear, on the same connection
+	equal(t, "the version of the protocol", string(startup[4:]), "\x00\x03\x00\x00")
 	go func() {
 		for conn, err := server.Accept(); err == nil; conn, err = server.Accept() {
 			_, _ = conn.Write([]byte("X\x00\x00\x00\x04"))
@@ -326,7 +328,7 @@ func TestShutdown(t *testing.T) {
 	})
 	eventually(t, "the clients are at work", func() bool { return acknowledged.Load() > 100 })
 	p.signal(syscall.SIGTERM)
-	time.Sleep(drainTime - 500*time.Millisecond)
+	time.Sleep(1500 * time.Millisecond)
 	balancerKnows.Store(true)
 	wait()
 	eventually(t, "no connection is accepted", func() bool {
@@ -416,7 +418,7 @@ func (s *testServer) serveThrough(first func(*http.Request)) {
 // second request begins only when its client has left for certain.
 func TestClientsThatLeave(t *testing.T) {
 	s := startAlone(t)
-	doubts := s.cache.doubts.Load()
+	epoch := s.cache.trust.epoch.Load()
 	var arrived, left atomic.Int64
 	s.serveThrough(func(r *http.Request) {
 		if arrived.Add(1)%2 == 0 && r.Host == "leaves" {
@@ -433,37 +435,8 @@ func TestClientsThatLeave(t *testing.T) {
 		s.want(200, "GET", "/products", "")
 	}
 	eventually(t, "half of the clients have left before", func() bool { return left.Load() >= 198 })
-	equal(t, "doubts", s.cache.doubts.Load(), doubts)
+	equal(t, "the epoch", s.cache.trust.epoch.Load(), epoch)
 	s.wantHealth(200, "healthy", "connected", "connected")
-}
-
-// TestAlteredTable changes the type of a column under statements that are prepared already.
-func TestAlteredTable(t *testing.T) {
-	s := startAlone(t)
-	for _, kind := range []string{"bigint", "integer"} {
-		for range 2 * poolSize() { // not cached
-			s.want(200, "GET", "/products?limit=1", "")
-		}
-		must(psql(t, s.cfg).Exec("ALTER TABLE products ALTER stock TYPE " + kind))
-	}
-	s.want(200, "GET", "/products?limit=1", "")
-}
-
-// TestUnspeakableRow has a row of somebody else's that JSON cannot express: an error, and the service goes on.
-func TestUnspeakableRow(t *testing.T) {
-	s := startAlone(t)
-	path := s.create(`{"name":"a","price":1}`)
-	must(psql(t, s.cfg).Exec("UPDATE products SET created_at = '10001-01-01'"))
-	for _, path := range []string{path, "/products", "/products?limit=1"} {
-		eventually(t, "an error", func() bool { return s.send("GET", path, "").status == 500 })
-		s.want(500, "GET", path, "")
-	}
-	// 23514 is a CHECK of the table.
-	if _, err := psql(t, s.cfg).Exec("UPDATE products SET price = 'NaN'"); !strings.Contains(fmt.Sprint(err), "(23514)") {
-		t.Errorf("a price that is not a number: %v", err)
-	}
-	s.want(204, "DELETE", path, "")
-	s.want(200, "GET", "/products", "")
 }
 
 // TestBadConfiguration ends the process with a line, before it has started anything.
@@ -510,19 +483,22 @@ func (w waiter) Done() <-chan struct{} {
 }
 
 // TestHerd sends a thousand requests, lets them go on at the same moment, and keeps PostgreSQL from answering before all
-// wait for a lookup. They cost two queries at most, which PostgreSQL counts, hit or miss, and each answer says where it came
+// wait for a lookup. They cost two queries at most, hit or miss, and each answer says where it came
 // from; so does an error that they share, for the race detector to watch.
 func TestHerd(t *testing.T) {
 	_, cfg := ownServers(t)
+	db := psql(t, cfg)
 	redis := startProxy(t, net.JoinHostPort(cfg.redisHost, cfg.redisPort), nil)
-	cfg.redisPort = redis.port
+	// A prepared statement is run by a message Bind that has its name after the portal's, which is empty.
+	var queries atomic.Int64
+	postgres := startProxy(t, net.JoinHostPort(cfg.postgresHost, cfg.postgresPort), func(data []byte) {
+		if len(data) > 6 && data[0] == 'B' && data[6] != 0 {
+			queries.Add(1)
+		}
+	})
+	cfg.redisPort, cfg.postgresHost, cfg.postgresPort = redis.port, "127.0.0.1", postgres.port
 	s := startServer(t, cfg)
 	path := s.create(`{"name":"a","price":1}`)
-	db := psql(t, cfg)
-	// Every query of the list, or of the one product, calls nextval once. That needs no extension.
-	must(db.Exec(`CREATE SEQUENCE asked`))
-	must(db.Exec(`ALTER TABLE products RENAME TO stored`))
-	must(db.Exec(`CREATE VIEW products AS SELECT id, name || CASE nextval('asked') WHEN 0 THEN '' ELSE '' END AS name, description, price, stock, category, created_at, updated_at FROM stored`))
 	var arrived, waiting atomic.Int64
 	var gate sync.RWMutex // to read a thousand requests can be so much work that Redis is heard too late meanwhile
 	s.serveThrough(func(r *http.Request) {
@@ -533,7 +509,7 @@ func TestHerd(t *testing.T) {
 	})
 	herd := func(status int, path string, sources ...source) {
 		t.Helper()
-		must(db.Exec(`SELECT setval('asked', 1)`))
+		queries.Store(0)
 		arrived.Store(0)
 		waiting.Store(0)
 		gate.Lock()
@@ -543,14 +519,14 @@ func TestHerd(t *testing.T) {
 			}
 		})
 		eventually(t, "all requests are at the gate, and the cache is trusted or not", func() bool {
-			return arrived.Load() == 1000 && s.cache.trusted() != slices.Contains(sources, bypass)
+			return arrived.Load() == 1000 && s.cache.Trusted() != slices.Contains(sources, bypass)
 		})
-		tx := lock(db, `LOCK TABLE stored`)
+		tx := lock(db, `LOCK TABLE products`)
 		gate.Unlock()
 		eventually(t, "all requests wait in Cache.Get", func() bool { return waiting.Load() == 1000 })
 		check(tx.Commit())
 		wait()
-		if n := ask[int](db, `SELECT last_value - 1 FROM asked`); n > 2 || status == 200 && n < 1 {
+		if n := queries.Load(); n > 2 || n < 1 {
 			t.Errorf("%d queries for 1,000 requests of %s", n, path)
 		}
 	}

@@ -198,19 +198,27 @@ func startAlone(t *testing.T) *testServer {
 func startServer(t testing.TB, cfg config) *testServer {
 	t.Helper()
 	s := startReplica(t, cfg)
-	applySchema(t.Context(), s.db)
-	eventually(t, "the cache is trusted", s.cache.trusted)
+	eventually(t, "the cache is trusted", s.cache.Trusted)
 	return s
 }
 
 // startReplica starts the service without waiting for anything.
 func startReplica(t testing.TB, cfg config) *testServer {
-	s := must(newServer(cfg))
+	s := newServer(cfg)
 	ctx, cancel := context.WithCancel(context.Background())
 	go s.cache.Run(ctx)
 	web := httptest.NewServer(s.handler())
 	t.Cleanup(func() { web.Close(); cancel(); s.db.Close() })
 	return &testServer{server: s, t: t, url: web.URL, stopCache: cancel}
+}
+
+// awaitSchema waits until the service has made its table.
+func (s *testServer) awaitSchema() {
+	s.t.Helper()
+	eventually(s.t, "the table is there", func() bool {
+		_, err := s.db.Exec(`SELECT FROM products LIMIT 0`)
+		return err == nil
+	})
 }
 
 // eventually waits until a condition holds, and returns how long that took, which is at most a twentieth too much. It
