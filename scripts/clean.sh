@@ -17,7 +17,8 @@ has_folder || has_engine || say 'There is nothing to remove.'
 if has_folder; then
   title "Removal of the folder $state"
   stop_local
-  remove_servers "$state"
+  if [[ -L $state/postgres ]]; then rm -rf "$(readlink "$state/postgres")"; fi # where start_postgres had to put the data
+  rm -rf "$state"
 fi
 if has_engine; then
   title "Removal of the stack $project from Docker"

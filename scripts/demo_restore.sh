@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Demonstration of what people do to a database in an ordinary year: they restore a dump, import rows with ids, and lose
-# idle connections. Each time the service soon reads what PostgreSQL holds, and can create products. It takes about 15 s.
+# idle connections. Each time the service soon reads what PostgreSQL holds, and can create products. It takes seconds.
 # It works on products of its own, which it deletes in the end. The other products stay as they are, also those that
 # somebody changes meanwhile.
 set -euo pipefail

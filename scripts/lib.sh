@@ -240,7 +240,7 @@ free_port() {
 # PostgreSQL refuses to run as root. The change of folder is for a user that may not enter this one.
 as_postgres() { if ((EUID == 0)); then (cd / && exec runuser -u postgres -- "$@"); else "$@"; fi; }
 
-# start_postgres DIR [ARGUMENT...]: starts a PostgreSQL on port POSTGRES_PORT of 127.0.0.1 with its data and its log in
+# start_postgres DIR: starts a PostgreSQL on port POSTGRES_PORT of 127.0.0.1 with its data and its log in
 # DIR, and returns when it answers. One that runs is left alone. Where there is no cluster it is made first, with its
 # database, as POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB say.
 start_postgres() {
@@ -268,15 +268,15 @@ start_postgres() {
         mv "$home/new" "$home/data"
     fi &&
       as_postgres pg_ctl -D "$home/data" -t 120 start </dev/null \
-        -o "-c listen_addresses=127.0.0.1 -c port=$POSTGRES_PORT -c unix_socket_directories= ${*:2}"
+        -o "-c listen_addresses=127.0.0.1 -c port=$POSTGRES_PORT -c unix_socket_directories="
   } >>"$dir/postgres.log" 2>&1 || { tail -n 20 "$dir/postgres.log" >&2; return 1; }
 }
 
-# stop_postgres DIR [fast|immediate]: "immediate" is a crash, as PostgreSQL sees it.
+# stop_postgres DIR: it returns when the server has ended.
 stop_postgres() {
   local data
   data=$(cd -P "$1/postgres/data" 2>/dev/null && pwd) || return 0 # it was never started
-  { as_postgres pg_ctl -D "$data" -m "${2:-fast}" -t 180 stop || ! as_postgres pg_ctl -D "$data" status; } >/dev/null 2>&1
+  { as_postgres pg_ctl -D "$data" -m fast -t 180 stop || ! as_postgres pg_ctl -D "$data" status; } >/dev/null 2>&1
 }
 
 # start_redis DIR: the same for Redis, with REDIS_PORT, REDIS_PASSWORD and the settings of docker-compose.yml.
@@ -295,29 +295,6 @@ stop_redis() { end_process "$1/redis.pid" '-server 127.0.0.1:' 30; }
 local_redis() {
   ${REDIS_PASSWORD:+env} ${REDIS_PASSWORD:+"REDISCLI_AUTH=$REDIS_PASSWORD"} \
     "$(redis_server | sed 's/server$/cli/')" -h 127.0.0.1 -p "$REDIS_PORT" "$@"
-}
-
-# private_servers [ARGUMENT...]: a PostgreSQL, with these arguments, and a Redis of a test's own, in a new folder TEST_DIR
-# and on free ports, which everything that is started afterwards finds in its environment. What your own stack was told is
-# not there. At_exit they are removed, after the jobs that use them; a script that says itself what to do then does so.
-private_servers() {
-  need_servers
-  unset PORT BIND_ADDRESS CACHE_TTL POSTGRES_SSLMODE
-  export TEST_DIR POSTGRES_HOST=127.0.0.1 POSTGRES_PORT POSTGRES_DB=products_db POSTGRES_USER=postgres \
-    POSTGRES_PASSWORD=postgres123 REDIS_HOST=127.0.0.1 REDIS_PORT REDIS_PASSWORD=''
-  TEST_DIR=$(mktemp -d) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
-  at_exit "end_jobs && remove_servers '$TEST_DIR'"
-  chmod 711 "$TEST_DIR" # PostgreSQL may run as another user
-  start_postgres "$TEST_DIR" "$@"
-  start_redis "$TEST_DIR"
-}
-
-# remove_servers DIR: stops them and removes DIR, and the data that start_postgres may have put elsewhere.
-remove_servers() {
-  stop_redis "$1" || true
-  stop_postgres "$1" immediate || true
-  if [[ -L $1/postgres ]]; then rm -rf "$(readlink "$1/postgres")"; fi
-  rm -rf "$1"
 }
 
 # alive PIDFILE NAME: the process noted there runs, and is the one we mean: NAME is in its command line.
