@@ -364,6 +364,7 @@ func (c *cache) announceAndChange(ctx context.Context, conn *sql.Conn, keys []st
 	deadline := time.Now().Add(sendTimeout)
 	announced = c.runWriterScript(announceScript, keys, token) == nil
 	if !announced {
+		c.trust.distrust(errors.New("a writer could not announce itself")) // what is cached may be old in a moment
 		// The trigger of rule 2 speaks for every session that does not have the service's application_name.
 		if _, err := conn.ExecContext(ctx, `SET application_name = 'desafio3 without redis'`); err != nil {
 			return false, err
@@ -427,12 +428,8 @@ func (c *cache) Run(ctx context.Context) {
 	go c.handleNotifications(listener)
 	go repeat(ctx, "database not ready", c.databaseVerifier(ctx, listener))
 	repeat(ctx, "cache not in use yet", func() error {
-		// Nothing else asks a Redis that did not answer a moment ago. To connect and to ask have their time each.
-		c.redis.exchange(nil)
-		ping := &command{name: "PING"}
-		c.redis.exchange([]*command{ping})
-		if ping.err != nil || c.trust.trusted() {
-			return ping.err
+		if err := c.redis.ping(); err != nil || c.trust.trusted() {
+			return err
 		}
 		return c.restore()
 	})
@@ -677,7 +674,7 @@ func (c *redisClient) sendWaiting() {
 
 // exchange sends a batch of commands to Redis and receives the replies, in redisTimeout at most. Each command has an
 // error of its own: when the connection breaks, those before it have been answered. That Redis refuses a command,
-// because it is full or only a replica, is an error, too, but Redis can still be reached.
+// because it is only a replica for example, is an error, too, but Redis can still be reached.
 func (c *redisClient) exchange(batch []*command) {
 	c.exchanging.Lock()
 	defer c.exchanging.Unlock()
@@ -694,12 +691,32 @@ func (c *redisClient) exchange(batch []*command) {
 	for _, cmd := range batch {
 		// A timeout of zero would be none at all.
 		cmd.reply, cmd.err = redis.ReceiveWithTimeout(conn, max(time.Until(deadline), time.Millisecond))
-		err = cmp.Or(err, cmd.err)
+		if !isFull(cmd.err) {
+			err = cmp.Or(err, cmd.err)
+		}
 	}
 	c.reachable.Store(conn.Err() == nil)
 	if err != nil {
 		c.trust.distrust(err)
 	}
+}
+
+// ping asks Redis whether it answers, also where it did not a moment ago: nothing else asks then.
+func (c *redisClient) ping() error {
+	if c.reachable.Load() {
+		_, err := c.do("PING")
+		return err
+	}
+	c.exchange(nil) // to connect and to ask have their time each
+	cmd := &command{name: "PING"}
+	c.exchange([]*command{cmd})
+	return cmd.err
+}
+
+// isFull reports whether Redis refused a command because it has no memory left. Nothing was done then.
+func isFull(err error) bool {
+	refusal, ok := errors.AsType[redis.Error](err)
+	return ok && strings.HasPrefix(string(refusal), "OOM ")
 }
 
 // connect dials Redis and asks who it is, in the time that the context leaves. A Redis older than 7.0 does not know SET
