@@ -61,17 +61,18 @@ type cacheConfig struct {
 
 // The times of the protocol.
 const (
-	heartbeat        = 200 * time.Millisecond // how often each server is checked
-	heartbeatTimeout = time.Second            // for PostgreSQL's answer to a check
-	redisTimeout     = 700 * time.Millisecond // for a round trip to Redis, with the connecting that it may need
-	statementTimeout = 2 * time.Second        // PostgreSQL ends a statement after this
-	lookupTimeout    = 5 * time.Second        // for a lookup, and for each caller that waits for one
-	leaseLife        = lookupTimeout          // a lease is of no use to a lookup that has ended
-	sendTimeout      = 1500 * time.Millisecond
-	markLife         = 12 * time.Second
-	noticeTime       = redisTimeout + 2*heartbeat
-	settleTime       = 5 * time.Second
-	applyInterval    = 2 * time.Second // between two tries to apply the schema
+	heartbeat           = 200 * time.Millisecond // how often each server is checked
+	heartbeatTimeout    = time.Second            // for PostgreSQL's answer to a check
+	redisTimeout        = 700 * time.Millisecond // for a round trip to Redis, with the connecting that it may need
+	statementTimeout    = 2 * time.Second        // PostgreSQL ends a statement after this
+	lookupTimeout       = 5 * time.Second        // for a lookup, and for each caller that waits for one
+	leaseLife           = lookupTimeout          // a lease is of no use to a lookup that has ended
+	sendTimeout         = 1500 * time.Millisecond
+	markLife            = 12 * time.Second
+	noticeTime          = redisTimeout + 2*heartbeat
+	settleTime          = 5 * time.Second
+	heartbeatsPerSecond = int(time.Second / heartbeat)
+	applyInterval       = 2 * time.Second // between two tries to apply the schema
 )
 
 // The times lean on one another. Each line compiles only when what it converts is not negative:
@@ -514,7 +515,7 @@ const selectGuards = `
 SELECT coalesce(string_agg(concat_ws('.', t.oid, t.xmin, f.oid, f.xmin), ' ' ORDER BY t.tgname), ''),
        coalesce(string_agg(t.tgenabled::text, '' ORDER BY t.tgname), ''),
        current_setting('statement_timeout'),
-       pg_notify($1, $2)::text
+       coalesce(CASE WHEN $2 <> '' THEN pg_notify($1, $2) END::text, '')
 FROM pg_trigger AS t
 JOIN pg_proc AS f ON f.oid = t.tgfoid
 WHERE t.tgrelid = to_regclass('products') AND t.tgname IN ('products_changed', 'products_truncated')`
@@ -546,8 +547,13 @@ func (c *cache) databaseVerifier(ctx context.Context, listener *pq.Listener) fun
 				return err
 			}
 		}
+		// While the cache is in use, a notification a second is enough: a listener does not turn deaf without losing its
+		// connection, which is noticed anyway.
 		heartbeats++
-		own := strconv.Itoa(heartbeats)
+		own := ""
+		if heartbeats%heartbeatsPerSecond == 0 || !c.trust.trustedIn(epoch) {
+			own = strconv.Itoa(heartbeats)
+		}
 		var now, enabled, timeout, void string
 		err := c.heartbeatDB.QueryRowContext(ctx, selectGuards, c.ownChannel, own).Scan(&now, &enabled, &timeout, &void)
 		if err != nil {
@@ -572,7 +578,7 @@ func (c *cache) databaseVerifier(ctx context.Context, listener *pq.Listener) fun
 		if timeout != statementTimeout.String() {
 			return fmt.Errorf("statement_timeout is %s, not %s: a pooler in transaction mode does not keep it", timeout, statementTimeout)
 		}
-		for deaf := time.After(heartbeatTimeout); ; {
+		for deaf := time.After(heartbeatTimeout); own != ""; {
 			select {
 			case heard := <-c.heard:
 				if heard == own {
@@ -583,6 +589,7 @@ func (c *cache) databaseVerifier(ctx context.Context, listener *pq.Listener) fun
 				return errors.New("the listener does not hear its own notification: a pooler in transaction mode does not pass it on")
 			}
 		}
+		return nil
 	}
 	return func() error {
 		err := verify(c.trust.epoch.Load())

@@ -217,7 +217,7 @@ type server struct {
 
 // newServer returns a server, which connects to PostgreSQL and Redis when it needs them. cache.Run must run.
 func newServer(cfg config) *server {
-	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize())
+	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize(), statements)
 	return &server{
 		cfg:          cfg,
 		db:           db,
@@ -225,7 +225,7 @@ func newServer(cfg config) *server {
 		started:      time.Now(),
 		cache: newCache(cacheConfig{
 			db:            db,
-			heartbeatDB:   openDatabase(cfg, heartbeatTimeout, 1),
+			heartbeatDB:   openDatabase(cfg, heartbeatTimeout, 1, statements[:1]),
 			newListener:   func(f pq.EventCallbackType) *pq.Listener { return openListener(cfg, f) },
 			schema:        schema,
 			redisAddress:  net.JoinHostPort(cfg.redisHost, cfg.redisPort),
@@ -504,9 +504,10 @@ func dataSource(cfg config) string {
 }
 
 // openDatabase returns a pool, which connects when it is used. Every read from one of its connections ends after
-// readTimeout.
-func openDatabase(cfg config, readTimeout time.Duration, size int) *sql.DB {
-	db := sql.OpenDB(connector{dataSource(cfg), dialer{readTimeout: readTimeout, preferTLS: cfg.sslMode == "prefer"}})
+// readTimeout, and each prepares the statements.
+func openDatabase(cfg config, readTimeout time.Duration, size int, statements []string) *sql.DB {
+	d := dialer{readTimeout: readTimeout, preferTLS: cfg.sslMode == "prefer"}
+	db := sql.OpenDB(connector{dataSource(cfg), d, statements})
 	// As many connections may be idle as may be open: to make a new one costs more than a statement.
 	db.SetMaxOpenConns(size)
 	db.SetMaxIdleConns(size)
@@ -514,10 +515,10 @@ func openDatabase(cfg config, readTimeout time.Duration, size int) *sql.DB {
 	return db
 }
 
-// openListener returns a listener, which connects at once and reconnects for as long as it lives. Its own notification
-// arrives at every heartbeat, so a connection on which nothing arrives for a while is lost.
+// openListener returns a listener, which connects at once and reconnects for as long as it lives. The service's own
+// notification arrives every second, so a connection on which nothing arrives for a while is lost.
 func openListener(cfg config, onEvent pq.EventCallbackType) *pq.Listener {
-	d := &dialer{readTimeout: 2 * time.Second, preferTLS: cfg.sslMode == "prefer"}
+	d := &dialer{readTimeout: 2500 * time.Millisecond, preferTLS: cfg.sslMode == "prefer"}
 	return pq.NewDialListener(d, dataSource(cfg), heartbeat, heartbeat, onEvent)
 }
 
@@ -611,8 +612,9 @@ var errNotConnected = errors.New("could not connect to PostgreSQL")
 
 // A connector makes the connections of a pool.
 type connector struct {
-	dsn    string
-	dialer dialer
+	dsn        string
+	dialer     dialer
+	statements []string
 }
 
 func (c connector) Driver() driver.Driver { return pq.Driver{} }
@@ -629,7 +631,7 @@ func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %v", errNotConnected, err)
 	}
-	own := &preparedConn{pqConn: conn.(pqConn), socket: d.socket}
+	own := &preparedConn{pqConn: conn.(pqConn), socket: d.socket, statements: c.statements}
 	// Not a parameter of the connection: PgBouncer refuses those that it does not know.
 	_, err = own.ExecContext(context.Background(), fmt.Sprintf("SET statement_timeout = %d", statementTimeout.Milliseconds()), nil)
 	if err != nil {
@@ -649,14 +651,15 @@ type pqConn interface {
 	driver.Validator
 }
 
-// A preparedConn is a connection that prepares the statements of products.go once, so that PostgreSQL does not parse
+// A preparedConn is a connection that prepares its statements once, so that PostgreSQL does not parse
 // and plan them for every request. No context ends a statement that was sent. Only statement_timeout does: PostgreSQL
 // then says that nothing was changed, while lib/pq would break off the connection and leave the outcome unknown.
 type preparedConn struct {
 	pqConn
-	socket   *timeoutConn
-	prepared map[string]driver.Stmt // nil until the first statement needs it
-	retired  bool                   // not used again when it is back in the pool
+	socket     *timeoutConn
+	statements []string
+	prepared   map[string]driver.Stmt // nil until the first statement needs it
+	retired    bool                   // not used again when it is back in the pool
 }
 
 // ResetSession is called when a connection is taken from the pool. One that died while it was idle (idle_session_timeout,
@@ -678,8 +681,8 @@ func (c *preparedConn) prepare(ctx context.Context) error {
 		return nil
 	}
 	prepared := map[string]driver.Stmt{}
-	for _, query := range statements {
-		stmt, err := c.PrepareQuery(ctx, query)
+	for _, query := range c.statements {
+		stmt, err := c.pqConn.PrepareContext(context.WithoutCancel(ctx), query)
 		if err != nil {
 			c.retired = true // its numbers would differ
 			if pq.As(err, pqerror.DuplicatePstatement) == nil {
@@ -692,10 +695,6 @@ func (c *preparedConn) prepare(ctx context.Context) error {
 	}
 	c.prepared = prepared
 	return nil
-}
-
-func (c *preparedConn) PrepareQuery(ctx context.Context, query string) (driver.Stmt, error) {
-	return c.pqConn.PrepareContext(context.WithoutCancel(ctx), query)
 }
 
 // QueryContext runs a query, and once more where it was only prepared in vain.
@@ -711,7 +710,7 @@ func (c *preparedConn) QueryContext(ctx context.Context, query string, args []dr
 // that was altered since (0A000), or is no longer prepared (26000). From then on the connection parses each query anew.
 func (c *preparedConn) query(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
 	ctx = context.WithoutCancel(ctx)
-	if slices.Contains(statements, query) {
+	if slices.Contains(c.statements, query) {
 		if err := c.prepare(ctx); err != nil {
 			return nil, err
 		}

@@ -49,8 +49,8 @@ func (p *product) scan(row interface{ Scan(...any) error }) error {
 // errNotFound says that there is no product with an id.
 var errNotFound = fmt.Errorf("no such product: %w", errUnchanged)
 
-// statements are those that a connection prepares.
-var statements = []string{selectPage, selectCategoryPage, selectProduct, insertProduct, updateProduct, deleteProduct}
+// statements are those that a connection prepares. The heartbeat's own connection prepares the first.
+var statements = []string{selectGuards, selectPage, selectCategoryPage, selectProduct, insertProduct, updateProduct, deleteProduct}
 
 // ---------------------------------------------------------------- lists
 
