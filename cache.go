@@ -565,15 +565,21 @@ func (c *cache) databaseVerifier(ctx context.Context, listener *pq.Listener) fun
 			if missing++; missing < 3 && !applied.IsZero() {
 				return errors.New("the triggers are missing or off")
 			}
-			if err := apply(); err != nil || silent || !ordinary {
+			if err := apply(); err != nil {
+				return err
+			}
+			if silent || !ordinary {
 				identity = ""
-				return cmp.Or(err, errors.New("the schema was applied"))
+				c.trust.distrust(errors.New("the schema was applied"))
+				return nil // the next heartbeat verifies it
 			}
 		}
 		missing = 0
-		if now != identity {
+		if before := identity; now != before {
 			identity = now
-			return errors.New("the triggers are others than before, or were off")
+			if before != "" {
+				return errors.New("the triggers are others than before, or were off")
+			}
 		}
 		if timeout != statementTimeout.String() {
 			return fmt.Errorf("statement_timeout is %s, not %s: a pooler in transaction mode does not keep it", timeout, statementTimeout)

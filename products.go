@@ -50,7 +50,7 @@ func (p *product) scan(row interface{ Scan(...any) error }) error {
 var errNotFound = fmt.Errorf("no such product: %w", errUnchanged)
 
 // statements are those that a connection prepares. The heartbeat's own connection prepares the first.
-var statements = []string{selectGuards, selectPage, selectCategoryPage, selectProduct, insertProduct, updateProduct, deleteProduct}
+var statements = []string{selectGuards, selectList, selectPage, selectCategoryPage, selectProduct, insertProduct, updateProduct, deleteProduct}
 
 // ---------------------------------------------------------------- lists
 
@@ -62,35 +62,44 @@ const (
 	maxRows    = maxAnswer / 140
 )
 
-// A list, whole or a page, and what PostgreSQL need not send: rows that begin after maxAnswer bytes.
-const pageOf = `
+// selectList leaves out the rows that begin after $3 bytes: PostgreSQL need not send them.
+const selectList = `
 SELECT ` + columns + `
 FROM (SELECT *, sum(` + minProduct + ` + octet_length(name) + octet_length(description) + octet_length(category))
                 OVER (ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
       FROM products
-      WHERE id > $1`
-
-const selectPage = pageOf + `
+      WHERE id > $1
       ORDER BY id
-      LIMIT $2) AS page
+      LIMIT $2) AS list
 WHERE coalesce(bytes_before, 0) <= $3
 ORDER BY id`
 
-// selectCategoryPage is a statement of its own, because with "category = $4 OR $4 IS NULL" in the one above PostgreSQL
+const selectPage = `
+SELECT ` + columns + `
+FROM products
+WHERE id > $1
+ORDER BY id
+LIMIT $2`
+
+// selectCategoryPage is a statement of its own, because with "category = $3 OR $3 IS NULL" in the one above PostgreSQL
 // could not use the index of the categories.
-const selectCategoryPage = pageOf + ` AND category = $4
-      ORDER BY id
-      LIMIT $2) AS page
-WHERE coalesce(bytes_before, 0) <= $3
-ORDER BY id`
+const selectCategoryPage = `
+SELECT ` + columns + `
+FROM products
+WHERE id > $1 AND category = $3
+ORDER BY id
+LIMIT $2`
 
 // encodePage reads a page from PostgreSQL and returns it as JSON: "count", "products" and, where there are more, "next".
 // It encodes row by row: a slice of products beside the body would take as much memory once more.
 func (s *server) encodePage(ctx context.Context, p page) ([]byte, error) {
 	// One row more than asked for tells whether there is a next page.
-	query, args := selectPage, []any{p.after, p.limit + 1, maxAnswer}
-	if p.category != nil {
+	query, args := selectPage, []any{p.after, p.limit + 1}
+	switch {
+	case p.category != nil:
 		query, args = selectCategoryPage, append(args, *p.category)
+	case p.limit > maxPage:
+		query, args = selectList, append(args, maxAnswer)
 	}
 	rows, err := s.db.QueryContext(ctx, query, args...)
 	if err != nil {
@@ -99,7 +108,7 @@ func (s *server) encodePage(ctx context.Context, p page) ([]byte, error) {
 	defer rows.Close()
 	var products bytes.Buffer
 	enc, count, next := newEncoder(&products), int64(0), ""
-	for last := p.after; rows.Next() && next == ""; {
+	for last := p.after; rows.Next(); {
 		var one product
 		if err := one.scan(rows); err != nil {
 			return nil, err
