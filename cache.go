@@ -674,14 +674,14 @@ func (c *redisClient) sendWaiting() {
 	if c.reachable.Load() {
 		c.exchange(batch)
 	}
+	for _, cmd := range batch {
+		cmd.wake <- false
+	}
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.sending = len(c.waiting) > 0
 	if c.sending {
 		c.waiting[0].wake <- true
-	}
-	c.mu.Unlock()
-	for _, cmd := range batch {
-		cmd.wake <- false
 	}
 }
 

@@ -30,7 +30,8 @@ import (
 //	status, answer, cache          the answer, its body and its Cache-Status; status 0: no answer, or half of one
 //	begin, end                     when it was sent, and when the answer was there: nanoseconds since the test began
 //
-// At first products 1 to 5 have a stock of 1. A PUT sets the stock of one product. If its status is not 200, nobody
+// At first products 1 to 5 have a stock of 1. A PUT sets the stock of one product. Those of client -1 are what a dump
+// brought back while no other client asked. If its status is not 200, nobody
 // knows whether it was done: it may take effect at any time after its begin, even after its end, or never.
 func TestPromise(t *testing.T) {
 	seed := must(strconv.ParseUint(cmp.Or(os.Getenv("SEED"), fmt.Sprint(time.Now().UnixNano()%1e9)), 10, 64))
@@ -41,6 +42,7 @@ func TestPromise(t *testing.T) {
 	faults := min(max(reads/1000, 1), 25)
 
 	p.phase(t, "calm", reads, 0, nil)
+	p.phase(t, "ordinary", reads, faults, p.ordinaryLife)
 	p.phase(t, "snapshot", reads, faults, p.oldSnapshot)
 	p.phase(t, "silent", reads, faults, p.silence)
 	p.phase(t, "postgres", reads, faults, p.restartPostgres)
@@ -54,7 +56,9 @@ type promise struct {
 	items    []*item    // by id, from 1; the first has no writer, so that it can always be a hit
 	psql     *sql.DB
 	redis    *redisServer
+	cfg      config
 	began    time.Time
+	quiet    sync.RWMutex // clients hold it to read for a request; a fault that must meet no request holds it to write
 
 	mu      sync.Mutex // guards what follows
 	rnd     *rand.Rand
@@ -111,7 +115,7 @@ func (p *promise) judge(t *testing.T, it *item, version, floor int, from string,
 
 func newPromise(t *testing.T, seed uint64) *promise {
 	r, cfg := ownServers(t)
-	p := &promise{redis: r, psql: psql(t, cfg), rnd: rand.New(rand.NewPCG(seed, 0)), began: time.Now(), total: newFigures()}
+	p := &promise{redis: r, cfg: cfg, psql: psql(t, cfg), rnd: rand.New(rand.NewPCG(seed, 0)), began: time.Now(), total: newFigures()}
 	if file := os.Getenv("HISTORY"); file != "" {
 		p.history = must(os.Create(file))
 		t.Cleanup(func() { check(p.history.Close()) })
@@ -243,6 +247,8 @@ func (p *promise) story() string {
 
 // write sends the next version of an item through a replica.
 func (p *promise) write(client int, it *item) {
+	p.quiet.RLock()
+	defer p.quiet.RUnlock()
 	it.version++
 	_, err := p.send(client, p.anyReplica(), "PUT", fmt.Sprintf("/products/%d", it.id), fmt.Sprintf(`{"stock":%d}`, it.version))
 	if err == nil {
@@ -255,6 +261,8 @@ func (p *promise) write(client int, it *item) {
 
 // read reads a product or the list, and now and then clears the cache.
 func (p *promise) read(t *testing.T, client int) {
+	p.quiet.RLock()
+	defer p.quiet.RUnlock()
 	it, choice := p.items[p.random(len(p.items))], p.random(100)
 	switch {
 	case choice == 0:
@@ -338,6 +346,37 @@ func (p *promise) oldSnapshot(t *testing.T) {
 		}
 	}
 	bringBack()
+}
+
+// ordinaryLife restores a dump from before the latest writes, in a moment in which nobody asks, and then ends all idle
+// connections. A second later every read shows what is in the database, and no request meets an error.
+func (p *promise) ordinaryLife(t *testing.T) {
+	dump := psqlDump(t, p.cfg)
+	target := p.count("writes", 0) + 20
+	eventually(t, "20 writes more", func() bool { return p.count("writes", 0) >= target })
+	errors := p.count("errors", 0)
+	func() {
+		p.quiet.Lock()
+		defer p.quiet.Unlock()
+		begin := time.Since(p.began)
+		pgTool(t, p.cfg, dump, "psql", "-v", "ON_ERROR_STOP=1")
+		time.Sleep(time.Second)
+		for _, it := range p.items {
+			it.floor = ask[int](p.psql, "SELECT stock FROM products WHERE id = $1", it.id)
+			path := fmt.Sprintf("/products/%d", it.id)
+			p.record(map[string]any{"client": -1, "method": "PUT", "path": path, "body": fmt.Sprintf(`{"stock":%d}`, it.floor),
+				"status": 200, "begin": begin, "end": time.Since(p.began)})
+			for _, r := range p.replicas {
+				if a := r.want(200, "GET", path, ""); !strings.Contains(a.body, fmt.Sprintf(`"stock":%d,`, it.floor)) {
+					p.count("stale", 1)
+					t.Errorf("STALE after a dump: %s%s (%s) is %s, and the database has %d", r.url, path, a.source(), a.body, it.floor)
+				}
+			}
+		}
+		must(p.psql.Exec(`SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'desafio3'`))
+	}()
+	p.wait(t, 100)
+	equal(t, "errors of requests", p.count("errors", 0), errors)
 }
 
 // silence stops Redis for a second, in which it forgets nothing.
