@@ -540,6 +540,9 @@ func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 		return nil, err
 	}
 	d.socket = &timeoutConn{Conn: conn, readTimeout: d.readTimeout}
+	if d.socket.raw, err = conn.(syscall.Conn).SyscallConn(); err != nil {
+		return nil, err
+	}
 	if d.preferTLS && network == "tcp" {
 		return negotiateTLS(d.socket, timeout)
 	}
@@ -573,6 +576,8 @@ type timeoutConn struct {
 	net.Conn
 	readTimeout time.Duration
 	limit       time.Time // set by lib/pq for the time in which it connects
+	raw         syscall.RawConn
+	peeked      [1]byte
 }
 
 func (c *timeoutConn) SetDeadline(t time.Time) error {
@@ -594,16 +599,11 @@ func (c *timeoutConn) Read(b []byte) (int, error) {
 // idle reports whether the connection is open and nothing has arrived on it. It looks without waiting and without a
 // round trip.
 func (c *timeoutConn) idle() bool {
-	raw, err := c.Conn.(syscall.Conn).SyscallConn()
-	if err != nil {
-		return false
-	}
-	peeked := syscall.EINVAL
-	err = raw.Control(func(fd uintptr) {
-		_, _, err := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		peeked, _ = err.(syscall.Errno)
+	var peek error
+	err := c.raw.Control(func(fd uintptr) {
+		_, _, peek = syscall.Recvfrom(int(fd), c.peeked[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
 	})
-	return err == nil && peeked == syscall.EAGAIN
+	return err == nil && peek == syscall.EAGAIN
 }
 
 // errNotConnected says that there is no connection to PostgreSQL. The reason is only text in it: lib/pq hides the kind

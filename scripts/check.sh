@@ -9,6 +9,7 @@ set -euo pipefail
 # built once.
 export COMPOSE_PROJECT_NAME=desafio3-check-$$ DESAFIO3_VERSION=check
 unset LOG_LEVEL DESAFIO3_MODE DESAFIO3_STATE
+COMPOSE_DISABLE_ENV_FILE=1 # nor what your .env says
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 shopt -s nullglob
 
