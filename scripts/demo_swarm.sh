@@ -12,7 +12,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 stack=$project-swarm clients=$project-swarm-clients
-export COMPOSE_PROJECT_NAME=$stack POSTGRES_SECRET=${stack}_password
+# A replica that stops drains for a shorter time than docker-stack.yml says: you would only wait.
+export COMPOSE_PROJECT_NAME=$stack POSTGRES_SECRET=${stack}_password DRAIN_SECONDS=2
 
 # ---------------------------------------------------------------- the clients
 
