@@ -61,12 +61,13 @@ type cacheConfig struct {
 
 // The times of the protocol.
 const (
-	heartbeat           = 200 * time.Millisecond // how often each server is checked
-	heartbeatTimeout    = time.Second            // for PostgreSQL's answer to a check
-	redisTimeout        = 700 * time.Millisecond // for a round trip to Redis, with the connecting that it may need
-	statementTimeout    = 2 * time.Second        // PostgreSQL ends a statement after this
-	lookupTimeout       = 5 * time.Second        // for a lookup, and for each caller that waits for one
-	leaseLife           = lookupTimeout          // a lease is of no use to a lookup that has ended
+	heartbeat           = 200 * time.Millisecond  // how often each server is checked
+	heartbeatTimeout    = time.Second             // for PostgreSQL's answer to a check
+	redisTimeout        = 700 * time.Millisecond  // for a round trip to Redis, with the connecting that it may need
+	statementTimeout    = 2 * time.Second         // PostgreSQL ends a statement after this
+	queryTimeout        = 2500 * time.Millisecond // until the pool has a free connection
+	lookupTimeout       = 5 * time.Second         // for a lookup, and for each caller that waits for one
+	leaseLife           = lookupTimeout           // a lease is of no use to a lookup that has ended
 	sendTimeout         = 1500 * time.Millisecond
 	markLife            = 12 * time.Second
 	noticeTime          = redisTimeout + 2*heartbeat
@@ -330,7 +331,7 @@ var (
 func (c *cache) Write(ctx context.Context, keys []string, statement string, change func(context.Context, *sql.Stmt) error) error {
 	// The connection comes first, for a mark must last for the statement and not for the wait before it. It is one
 	// connection and not the pool, which would send a statement again when a connection breaks.
-	waiting, cancel := context.WithTimeout(ctx, lookupTimeout/2)
+	waiting, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
 	conn, err := c.db.Conn(waiting)
 	if err != nil {

@@ -198,10 +198,9 @@ func configure(getenv func(string) string) (config, error) {
 // ---------------------------------------------------------------- the server
 
 const (
-	queryTimeout    = 2500 * time.Millisecond // until the pool has a free connection
-	drainLimit      = 5 * time.Second         // after drainTime, while new connections still arrive
-	quietTime       = 500 * time.Millisecond  // without a new connection, after which no more are expected
-	shutdownTimeout = 10 * time.Second        // for the requests in flight after that
+	drainLimit      = 5 * time.Second        // after drainTime, while new connections still arrive
+	quietTime       = 500 * time.Millisecond // without a new connection, after which no more are expected
+	shutdownTimeout = 10 * time.Second       // for the requests in flight after that
 )
 
 // A server answers the API's requests. It holds all that the handlers need: there are no global connections.
