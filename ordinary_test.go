@@ -233,6 +233,7 @@ func TestPgBouncer(t *testing.T) {
 			must(db.Exec(fmt.Sprintf(`ALTER DATABASE %s SET statement_timeout = %d`, direct.postgresDB, timeout)))
 			s := startReplica(t, startPgBouncer(t, direct, "pool_mode = transaction", "ignore_startup_parameters = statement_timeout"))
 			s.awaitSchema()
+			time.Sleep(settleTime) // until then its Redis keeps it from trust
 			for range 10 {
 				path := s.create(`{"name":"a","price":1}`)
 				concurrently(20, func(int) { s.want(200, "GET", "/products?limit=1", "") })()
