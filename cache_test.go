@@ -1,13 +1,16 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -270,6 +273,26 @@ func TestFailedWrites(t *testing.T) {
 	})
 	must(be.b.db.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))
 	be.read(be.a, 1)
+}
+
+// A process is paused after its announcement for longer than its statement may wait: it does not send it any more.
+func TestPausedWriter(t *testing.T) {
+	r, cfg := alone(t)
+	var p *process
+	var armed atomic.Bool
+	proxy := startProxy(t, "127.0.0.1:"+r.port, func(chunk []byte) {
+		if bytes.Contains(chunk, []byte("ZADD")) && armed.CompareAndSwap(true, false) {
+			p.signal(syscall.SIGSTOP)
+			time.AfterFunc(sendTimeout+100*time.Millisecond, func() { p.signal(syscall.SIGCONT) })
+		}
+	})
+	cfg.redisPort = proxy.port
+	p = startProcess(t, os.Args[0], cfg)
+	p.awaitHit("/products")
+	path := p.create(`{"name":"a","price":1}`)
+	armed.Store(true)
+	p.want(503, "PUT", path, `{"stock":1}`)
+	p.want(200, "GET", path, "").says(`"stock":0,`)
 }
 
 // A request that comes after a write must not join a lookup that has read the row before it.
