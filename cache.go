@@ -781,12 +781,15 @@ func (c *redisClient) identifyServer(runID, uptime string) {
 		if seconds, err := strconv.Atoi(uptime); c.runID == "" && err == nil {
 			wait -= time.Duration(max(0, seconds-1)) * time.Second // it may be rounded up
 		}
-		c.runID = runID
-		c.trust.distrust(errors.New("another redis, or a restarted one, answers"))
 	} else if c.reachable.Load() {
 		return
 	}
+	// Before the doubt: in between, restore would find the new epoch, and a Redis that has settled.
 	c.settling.Store(max(c.settling.Load(), int64(time.Since(c.created)+wait)))
+	if c.runID != runID {
+		c.runID = runID
+		c.trust.distrust(errors.New("another redis, or a restarted one, answers"))
+	}
 }
 
 // settled reports whether the Redis that answered last has settled.

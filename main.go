@@ -538,6 +538,11 @@ func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 	if err != nil {
 		return nil, err
 	}
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		// To close it discards what was not delivered yet. Otherwise the kernel would go on trying, and a statement that
+		// was given up could reach PostgreSQL when its writer's mark has expired.
+		_ = tcp.SetLinger(0)
+	}
 	d.socket = &timeoutConn{Conn: conn, readTimeout: d.readTimeout}
 	if d.socket.raw, err = conn.(syscall.Conn).SyscallConn(); err != nil {
 		return nil, err

@@ -319,8 +319,11 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 		if e := pq.As(err, pqerror.UniqueViolation); e == nil || e.Constraint != "products_pkey" {
 			break
 		}
-		if _, err := s.db.ExecContext(r.Context(), skipTakenIDs); err != nil {
-			return err
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), queryTimeout)
+		_, failed := s.db.ExecContext(ctx, skipTakenIDs)
+		cancel()
+		if failed != nil {
+			return failed
 		}
 	}
 	if err != nil {
