@@ -55,7 +55,7 @@ type service struct {
 }
 
 // probe asks a server for its version. It ends after healthTimeout even where ask does not, because a driver may be late
-// to notice that a server has fallen silent.
+// to notice that a server is unresponsive.
 func probe(host, port string, ask func() (string, error)) service {
 	result := service{Status: "disconnected", Address: net.JoinHostPort(host, port)}
 	answered := make(chan string, 1)

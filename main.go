@@ -102,11 +102,11 @@ type settings struct {
 	fault  error
 }
 
-// check returns a variable, or the fallback where it is empty. A value that parse refuses is a fault: it is better to
-// stop here, with a clear message, than to start and to fail at the first request.
-func (s *settings) check(name, fallback, accepts string, parse func(string) error) string {
+// check returns a variable, or the fallback where it is empty. A value that is not valid is a fault: it is better
+// to stop here, with a clear message, than to start and to fail at the first request.
+func (s *settings) check(name, fallback, accepts string, valid func(string) bool) string {
 	value := cmp.Or(s.getenv(name), fallback)
-	if s.fault == nil && parse(value) != nil {
+	if !valid(value) && s.fault == nil {
 		s.fault = fmt.Errorf("%s must be %s, not %q", name, accepts, value)
 	}
 	return value
@@ -114,12 +114,10 @@ func (s *settings) check(name, fallback, accepts string, parse func(string) erro
 
 // number returns a whole number from min to max.
 func (s *settings) number(name, fallback string, min, max int) (n int) {
-	s.check(name, fallback, fmt.Sprintf("a whole number from %d to %d", min, max), func(value string) (err error) {
+	s.check(name, fallback, fmt.Sprintf("a whole number from %d to %d", min, max), func(value string) bool {
+		var err error
 		n, err = strconv.Atoi(value)
-		if n < min || n > max {
-			return strconv.ErrRange
-		}
-		return err
+		return err == nil && n >= min && n <= max
 	})
 	return n
 }
@@ -138,12 +136,9 @@ var hostName = regexp.MustCompile(`^[A-Za-z0-9_.-]*$`)
 
 // host returns a host's name or address. PostgreSQL's may also be the folder of its Unix socket.
 func (s *settings) host(name, fallback string) string {
-	return s.check(name, fallback, "the name or the IP address of a host", func(value string) error {
+	return s.check(name, fallback, "the name or the IP address of a host", func(value string) bool {
 		_, err := netip.ParseAddr(value)
-		if hostName.MatchString(value) || name == "POSTGRES_HOST" && filepath.IsAbs(value) {
-			return nil
-		}
-		return err
+		return err == nil || hostName.MatchString(value) || name == "POSTGRES_HOST" && filepath.IsAbs(value)
 	})
 }
 
@@ -154,13 +149,8 @@ func (s *settings) secret(name string) string {
 		return value
 	}
 	content, err := os.ReadFile(file)
-	s.check(name+"_FILE", "", "a file that can be read", func(string) error { return err })
-	s.check(name+"_FILE", "", "empty where "+name+" is set", func(string) error {
-		if value != "" {
-			return errUsage
-		}
-		return nil
-	})
+	s.check(name+"_FILE", "", "a file that can be read", func(string) bool { return err == nil })
+	s.check(name+"_FILE", "", "empty where "+name+" is set", func(string) bool { return value == "" })
 	return strings.TrimRight(string(content), "\r\n")
 }
 
@@ -183,14 +173,11 @@ func configure(getenv func(string) string) (config, error) {
 		cacheTTL:         s.seconds("CACHE_TTL", "300", 1, 86400),
 		drainTime:        s.seconds("DRAIN_SECONDS", "2", 0, 300),
 	}
-	cfg.sslMode = s.check("POSTGRES_SSLMODE", "prefer", "one of "+strings.Join(sslModes, ", "), func(value string) error {
-		if !slices.Contains(sslModes, value) {
-			return errUsage
-		}
-		return nil
+	cfg.sslMode = s.check("POSTGRES_SSLMODE", "prefer", "one of "+strings.Join(sslModes, ", "), func(value string) bool {
+		return slices.Contains(sslModes, value)
 	})
-	s.check("LOG_LEVEL", "info", "one of debug, info, warn, error", func(value string) error {
-		return cfg.logLevel.UnmarshalText([]byte(value))
+	s.check("LOG_LEVEL", "info", "one of debug, info, warn, error", func(value string) bool {
+		return cfg.logLevel.UnmarshalText([]byte(value)) == nil
 	})
 	return cfg, s.fault
 }

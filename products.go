@@ -132,11 +132,7 @@ func (s *server) encodePage(ctx context.Context, p page) ([]byte, error) {
 	body = append(body, bytes.TrimSuffix(products.Bytes(), []byte(","))...)
 	body = append(body, ']')
 	if next != "" {
-		path, err := encode(next)
-		if err != nil {
-			return nil, err
-		}
-		body = append(append(body, `,"next":`...), bytes.TrimSpace(path)...)
+		body = fmt.Appendf(body, `,"next":"%s"`, next) // an encoded query has nothing that JSON would escape
 	}
 	return append(body, "}\n"...), nil
 }
