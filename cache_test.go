@@ -203,7 +203,7 @@ func TestOverlappingWriters(t *testing.T) {
 	})
 }
 
-// The old body was cached; between the commit and the writer's clean-up, whoever has seen the new row must not be
+// The old body was cached; between the commit and the writer's clean-up, a client that has seen the new row must not be
 // followed by anybody who still hits the old one.
 func TestNeverBackInTime(t *testing.T) {
 	be := newBench(t)
@@ -333,7 +333,7 @@ func TestLookupOutlivesRequest(t *testing.T) {
 	be.read(be.a, 0, hit) // the lookup has filled the key
 }
 
-// A miss is answered before the key is filled, so that a Redis which falls silent just then holds up nobody; the next
+// A miss is answered before the key is filled, so that a Redis which is unresponsive just then holds up nobody; the next
 // lookup of the key begins after the fill.
 func TestAnsweredBeforeFill(t *testing.T) {
 	be := newBench(t)
@@ -419,9 +419,9 @@ func TestNewRedisSettles(t *testing.T) {
 func TestWriteWithoutRedis(t *testing.T) {
 	be := newBench(t)
 	be.read(be.b, 0)
-	away := be.cfg
-	away.redisPort = "1"
-	c := startReplica(t, away)
+	unreachable := be.cfg
+	unreachable.redisPort = "1"
+	c := startReplica(t, unreachable)
 	for stock := 1; stock <= 20; stock++ {
 		be.write(c, setStock(stock))
 		// The notification was sent before the write returned; what is left is its way to the other replica.
@@ -443,7 +443,7 @@ func TestUnreachableRedisUnderWriter(t *testing.T) {
 	be.awaitHit(be.b, 1)
 }
 
-// Redis falls silent under a writer and later does what it was told meanwhile: the mark that nobody takes away keeps
+// Redis is unresponsive under a writer and later does what it was told meanwhile: the mark that nobody takes away keeps
 // the writer's keys empty until it expires, and no others.
 func TestSilentRedisUnderWriter(t *testing.T) {
 	be := newBench(t)
@@ -459,7 +459,7 @@ func TestSilentRedisUnderWriter(t *testing.T) {
 	be.read(be.b, 1)
 }
 
-// Redis holds very many keys of others: the cache comes to be used all the same, and to clear it is bounded and uses
+// Redis holds very many keys of others: the cache is used nevertheless, and to clear it is bounded and uses
 // no more connections.
 func TestManyKeysOfOthers(t *testing.T) {
 	be := newBench(t)

@@ -77,7 +77,7 @@ func TestRedisFails(t *testing.T) {
 	back(settleTime + 3*time.Second)
 
 	r.signal(syscall.SIGSTOP)
-	// Whoever comes first waits for Redis once, and not for longer than a command may take.
+	// The first request waits for Redis once, and not for longer than a command may take.
 	within(t, s.want(200, "GET", "/products", "").took, redisTimeout+redisTimeout/2, "the first request")
 	within(t, s.everything(), redisTimeout, "a request that had no need to wait for the silent Redis")
 	gone()
