@@ -41,19 +41,16 @@ type cache struct {
 	redis   *redisClient
 	lookups lookups
 
-	verifiedEpoch atomic.Uint64 // the epoch in which PostgreSQL was last found to be as rule 2 needs it
-	heard         chan string   // the service's own notifications
-	ownChannel    string        // on which they are sent
-
 	requests map[source]*atomic.Int64 // answers since this process started
 }
 
 // A cacheConfig is what a cache needs.
 type cacheConfig struct {
-	db            *sql.DB // the pool of the requests
-	heartbeatDB   *sql.DB // one connection, made as the pool's are: an exhausted pool is no reason for doubt
+	db            *sql.DB      // the pool of the requests
+	heartbeatDB   *sql.DB      // one connection, made as the pool's are: an exhausted pool is no reason for doubt
+	sessions      *atomic.Bool // set here while both are known to be sessions of PostgreSQL's, with no pooler that mixes them
 	newListener   func(pq.EventCallbackType) *pq.Listener
-	schema        string // applied where the trigger is missing
+	applySchema   func(context.Context) error
 	redisAddress  string
 	redisPassword string
 	ttl           time.Duration
@@ -118,8 +115,6 @@ func newCache(cfg cacheConfig) *cache {
 		trust:       t,
 		redis:       newRedisClient(cfg.redisAddress, cfg.redisPassword, t),
 		lookups:     lookups{last: map[string]*lookup{}},
-		heard:       make(chan string, 10),
-		ownChannel:  "heartbeat_" + rand.Text(),
 		requests:    map[source]*atomic.Int64{hit: {}, miss: {}, bypass: {}},
 	}
 }
@@ -198,17 +193,21 @@ func (c *cache) Get(ctx context.Context, key string, fillFrom func(context.Conte
 	if start {
 		c.lookUp(key, l) // here and not in a goroutine of its own, which a hit is not worth
 	}
-	timeout := time.NewTimer(lookupTimeout)
-	defer timeout.Stop()
 	select {
-	case <-l.done:
-		c.requests[l.source].Add(1)
-		return l.body, l.source, l.err
-	case <-ctx.Done():
-		return nil, bypass, ctx.Err()
-	case <-timeout.C:
-		return nil, bypass, context.DeadlineExceeded
+	case <-l.done: // a hit needs no timer
+	default:
+		timeout := time.NewTimer(lookupTimeout)
+		defer timeout.Stop()
+		select {
+		case <-l.done:
+		case <-ctx.Done():
+			return nil, bypass, ctx.Err()
+		case <-timeout.C:
+			return nil, bypass, context.DeadlineExceeded
+		}
 	}
+	c.requests[l.source].Add(1)
+	return l.body, l.source, l.err
 }
 
 // lookUp runs a lookup. It asks Redis first, with one command that returns what the key holds or, when it holds
@@ -325,44 +324,39 @@ var (
 	errTooLate        = errors.New("too late to send the statement")
 )
 
-// Write runs change, which must send its statement once, to change the rows behind keys. Once Write has returned, or
-// any client has seen the new rows, no reader gets an old body from the cache. A client that leaves does not stop it
-// halfway. The error is change's, or that of connecting or preparing, or errTooLate.
-func (c *cache) Write(ctx context.Context, keys []string, statement string, change func(context.Context, *sql.Stmt) error) error {
-	// The connection comes first, for a mark must last for the statement and not for the wait before it. It is one
-	// connection and not the pool, which would send a statement again when a connection breaks.
-	waiting, cancel := context.WithTimeout(ctx, queryTimeout)
-	defer cancel()
-	conn, err := c.db.Conn(waiting)
-	if err != nil {
-		return err
+// Write runs change, which must send one statement, to change the rows behind keys. Once Write has returned, or any
+// client has seen the new rows, no reader gets an old body from the cache. A client that leaves does not stop it
+// halfway. The error is change's, or that of connecting, or errTooLate.
+func (c *cache) Write(ctx context.Context, keys []string, change func(context.Context, *sql.Conn) error) error {
+	for token := rand.Text(); ; {
+		announced, err := c.announceAndChange(ctx, keys, token, change)
+		// Where the announcement failed, the trigger has spoken. Where the outcome is unknown, the statement may yet commit:
+		// its marks stay until they expire. Where the retraction fails, too, the marks keep readers from filling.
+		if announced && !errors.Is(err, errOutcomeUnknown) {
+			_ = c.runWriterScript(retractScript, keys, token)
+		}
+		if !errors.Is(err, errRepeat) { // with it, the pool has dropped a connection, so this ends
+			return err
+		}
 	}
-	ctx = context.WithoutCancel(ctx)
-	token := rand.Text()
-	announced, err := c.announceAndChange(ctx, conn, keys, token, statement, change)
-	if errors.Is(err, errRepeat) {
-		announced, err = c.announceAndChange(ctx, conn, keys, token, statement, change)
-	}
-	_ = conn.Close() // returns it to the pool; the retraction does not need it
-	// Where the announcement failed, the trigger has spoken. Where the outcome is unknown, the statement may yet commit:
-	// its marks stay until they expire. Where the retraction fails, too, the marks keep readers from filling.
-	if announced && !errors.Is(err, errOutcomeUnknown) {
-		_ = c.runWriterScript(retractScript, keys, token)
-	}
-	return err
 }
 
 // announceAndChange is the other half of rule 1: a writer announces itself, changes the rows, and retracts. From before
 // the commit until after it nothing can be filled, so that every read sees PostgreSQL itself. A writer that dies in
 // between leaves empty keys and marks that expire, but never an old body.
-func (c *cache) announceAndChange(ctx context.Context, conn *sql.Conn, keys []string, token, statement string,
-	change func(context.Context, *sql.Stmt) error) (announced bool, err error) {
-	// Prepared before the announcement: afterwards, time counts.
-	stmt, err := conn.PrepareContext(ctx, statement)
+func (c *cache) announceAndChange(ctx context.Context, keys []string, token string,
+	change func(context.Context, *sql.Conn) error) (announced bool, err error) {
+	// The connection comes first, for a mark must last for the statement and not for the wait before it. It is one
+	// connection and not the pool, which would send a statement again when a connection breaks. It goes back to the pool
+	// before the retraction, which does not need it.
+	waiting, cancel := context.WithTimeout(ctx, queryTimeout)
+	defer cancel()
+	conn, err := c.db.Conn(waiting)
 	if err != nil {
 		return false, err
 	}
-	defer stmt.Close()
+	defer conn.Close()
+	ctx = context.WithoutCancel(ctx)
 	deadline := time.Now().Add(sendTimeout)
 	announced = c.runWriterScript(announceScript, keys, token) == nil
 	if !announced {
@@ -378,7 +372,7 @@ func (c *cache) announceAndChange(ctx context.Context, conn *sql.Conn, keys []st
 	if time.Now().After(deadline) {
 		return announced, errTooLate
 	}
-	err = change(ctx, stmt)
+	err = change(ctx, conn)
 	if err != nil && !errors.Is(err, errUnchanged) {
 		err = fmt.Errorf("%w: %w", errOutcomeUnknown, err)
 	}
@@ -397,9 +391,10 @@ func (c *cache) runWriterScript(script string, keys []string, token string) erro
 
 // ---------------------------------------------------------------- trust
 
-// A trust decides whether the cache may be used: only in an epoch that was trusted after all keys were dropped in it.
-// Every doubt begins a new epoch, so a doubt that comes up while trust is being won back is never lost.
-type trust struct{ epoch, trustedEpoch atomic.Uint64 }
+// A trust decides whether the cache may be used: only in an epoch in which PostgreSQL was found to be as rule 2 needs it,
+// and in which all keys were dropped. Every doubt begins a new epoch, so a doubt that comes up while trust is being won
+// back is never lost.
+type trust struct{ epoch, verifiedEpoch, trustedEpoch atomic.Uint64 }
 
 func (t *trust) trustedIn(epoch uint64) bool { return t.trustedEpoch.Load() == epoch }
 func (t *trust) trusted() bool               { return t.trustedIn(t.epoch.Load()) }
@@ -420,15 +415,16 @@ func (t *trust) distrust(reason error) {
 
 // Run keeps the cache's trust or wins it back, and handles what other sessions change, until the context ends.
 func (c *cache) Run(ctx context.Context) {
-	listener := c.newListener(func(event pq.ListenerEventType, err error) {
+	v := &verifier{cache: c, heard: make(chan string, 10), ownChannel: "heartbeat_" + rand.Text()}
+	v.listener = c.newListener(func(event pq.ListenerEventType, err error) {
 		if event == pq.ListenerEventDisconnected {
 			c.trust.distrust(fmt.Errorf("the listener lost PostgreSQL: %w", err))
 		}
 	})
-	defer listener.Close()
+	defer v.listener.Close()
 	defer c.heartbeatDB.Close()
-	go c.handleNotifications(listener)
-	go repeat(ctx, "database not ready", c.databaseVerifier(ctx, listener))
+	go v.handleNotifications()
+	go repeat(ctx, "database not ready", func() error { return v.verify(ctx) })
 	repeat(ctx, "cache not in use yet", func() error {
 		if err := c.redis.ping(); err != nil || c.trust.trusted() {
 			return err
@@ -471,7 +467,7 @@ func (c *cache) restore() error {
 	if !c.redis.settled() {
 		return errors.New("redis has only just started: it has to settle")
 	}
-	if c.verifiedEpoch.Load() != epoch {
+	if c.trust.verifiedEpoch.Load() != epoch {
 		return errors.New("PostgreSQL is not verified yet")
 	}
 	// A Redis that is full, or only a replica, refuses this already, and not only the first request.
@@ -488,23 +484,41 @@ func (c *cache) restore() error {
 	return nil
 }
 
+// A verifier receives what PostgreSQL tells, and checks that it tells all. Whatever is not as rule 2 needs it ends trust:
+// a dump that was restored, a trigger that was off for a moment, a pooler that drops statement_timeout or keeps
+// notifications from the listener.
+type verifier struct {
+	*cache
+	listener   *pq.Listener
+	heard      chan string // the service's own notifications
+	ownChannel string      // on which they are sent
+
+	schemaIsThere bool      // the schema was applied, and the triggers were not missed since
+	appliedAt     time.Time // when that was last tried
+	applyError    error     // how it ended
+	triggers      string    // their identity when they were last seen
+	missing       int       // heartbeats in a row without them
+	beats         int       // heartbeats
+}
+
 // handleNotifications deletes the keys of the rows that other sessions changed. This is rule 2: the database tells what
 // the API did not do. Somebody sets the price to 2.00 with psql, and the trigger in schema.sql notifies.
-func (c *cache) handleNotifications(listener *pq.Listener) {
-	for n := range listener.Notify {
+func (v *verifier) handleNotifications() {
+	queue := v.listener.Notify
+	for n := range queue {
 		switch {
 		case n == nil: // the listener has reconnected: the loss of its connection has ended trust already
-		case n.Channel == c.ownChannel:
+		case n.Channel == v.ownChannel:
 			select {
-			case c.heard <- n.Extra:
+			case v.heard <- n.Extra:
 			default: // nobody waits for it any more
 			}
-		case n.Extra == "" || len(listener.Notify) == cap(listener.Notify) || !c.trust.trusted():
+		case n.Extra == "" || len(queue) == cap(queue) || len(queue) > 0 && !v.trust.trusted():
 			// When ids come faster than their keys can be deleted, one by one is not worth it: all keys are dropped once
-			// it is calm again. Without trust nothing needs to be deleted: all keys will be.
-			c.trust.distrust(errors.New("other sessions changed everything, or more than can be deleted key by key"))
+			// it is calm again. Steady changes do not keep trust from being won.
+			v.trust.distrust(errors.New("other sessions changed everything, or more than can be deleted key by key"))
 		default:
-			_, _ = c.redis.do("UNLINK", keyAll, keyPrefix+n.Extra) // an error has ended trust
+			_, _ = v.redis.do("UNLINK", keyAll, keyPrefix+n.Extra) // an error has ended trust
 		}
 	}
 }
@@ -515,96 +529,93 @@ func (c *cache) handleNotifications(listener *pq.Listener) {
 const selectGuards = `
 SELECT coalesce(string_agg(concat_ws('.', t.oid, t.xmin, f.oid, f.xmin), ' ' ORDER BY t.tgname), ''),
        coalesce(string_agg(t.tgenabled::text, '' ORDER BY t.tgname), ''),
-       current_setting('statement_timeout'),
+       (1000 * extract(epoch FROM current_setting('statement_timeout')::interval))::bigint,
        coalesce(CASE WHEN $2 <> '' THEN pg_notify($1, $2) END::text, '')
 FROM pg_trigger AS t
 JOIN pg_proc AS f ON f.oid = t.tgfoid
 WHERE t.tgrelid = to_regclass('products') AND t.tgname IN ('products_changed', 'products_truncated')`
 
-// databaseVerifier returns a function that checks at a heartbeat that PostgreSQL is as rule 2 needs it. Whatever is not
-// ends trust: a dump that was restored, a trigger that was off for a moment, a pooler that drops statement_timeout or
-// keeps notifications from the listener.
-func (c *cache) databaseVerifier(ctx context.Context, listener *pq.Listener) func() error {
-	var identity string         // of the triggers, when they were last seen
-	var applied time.Time       // when the schema was last applied, or tried to be
-	var silent, ordinary bool   // triggers are missing or off; their being ordinary is accepted
-	var missing, heartbeats int // heartbeats in a row without the triggers; all
-	apply := func() error {
-		if time.Since(applied) < applyInterval {
-			return errors.New("the schema is not as it must be")
-		}
-		applied = time.Now()
-		_, err := c.db.ExecContext(ctx, c.schema)
-		if pq.As(err, pqerror.InsufficientPrivilege) != nil && !silent {
-			// The role may not alter the table, but finds the triggers: they speak for all but replication.
-			ordinary = true
-			return nil
-		}
-		return err
+// verify checks PostgreSQL at a heartbeat. An error has ended trust.
+func (v *verifier) verify(ctx context.Context) error {
+	epoch := v.trust.epoch.Load()
+	err := v.inspect(ctx, epoch)
+	switch {
+	case err == nil:
+		v.trust.verifiedEpoch.Store(epoch)
+	case ctx.Err() == nil:
+		v.trust.distrust(err)
 	}
-	verify := func(epoch uint64) error {
-		for _, channel := range []string{"products", c.ownChannel} { // waits for PostgreSQL; repeated after a reconnect
-			if err := listener.Listen(channel); err != nil && !errors.Is(err, pq.ErrChannelAlreadyOpen) {
-				return err
-			}
-		}
-		// While the cache is in use, a notification a second is enough: a listener does not turn deaf without losing its
-		// connection, which is noticed anyway.
-		heartbeats++
-		own := ""
-		if heartbeats%heartbeatsPerSecond == 0 || !c.trust.trustedIn(epoch) {
-			own = strconv.Itoa(heartbeats)
-		}
-		var now, enabled, timeout, void string
-		err := c.heartbeatDB.QueryRowContext(ctx, selectGuards, c.ownChannel, own).Scan(&now, &enabled, &timeout, &void)
-		if err != nil {
+	v.sessions.Store(err == nil)
+	return err
+}
+
+// inspect returns an error that says what is not as rule 2 needs it.
+func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
+	for _, channel := range []string{"products", v.ownChannel} { // waits for PostgreSQL; repeated after a reconnect
+		if err := v.listener.Listen(channel); err != nil && !errors.Is(err, pq.ErrChannelAlreadyOpen) {
 			return err
 		}
-		silent = len(enabled) != 2 || strings.ContainsAny(enabled, "DR")
-		if silent || applied.IsZero() || enabled != "AA" && !ordinary {
-			// A dump that is being restored makes the triggers last. It needs a moment without interference.
-			if missing++; missing < 3 && !applied.IsZero() {
-				return errors.New("the triggers are missing or off")
-			}
-			if err := apply(); err != nil {
-				return err
-			}
-			if silent || !ordinary {
-				identity = ""
-				c.trust.distrust(errors.New("the schema was applied"))
-				return nil // the next heartbeat verifies it
-			}
-		}
-		missing = 0
-		if before := identity; now != before {
-			identity = now
-			if before != "" {
-				return errors.New("the triggers are others than before, or were off")
-			}
-		}
-		if timeout != statementTimeout.String() {
-			return fmt.Errorf("statement_timeout is %s, not %s: a pooler in transaction mode does not keep it", timeout, statementTimeout)
-		}
-		for deaf := time.After(heartbeatTimeout); own != ""; {
-			select {
-			case heard := <-c.heard:
-				if heard == own {
-					c.verifiedEpoch.Store(epoch)
-					return nil
-				}
-			case <-deaf:
-				return errors.New("the listener does not hear its own notification: a pooler in transaction mode does not pass it on")
-			}
-		}
-		return nil
 	}
-	return func() error {
-		err := verify(c.trust.epoch.Load())
-		if err != nil && ctx.Err() == nil {
-			c.trust.distrust(err)
+	if !v.schemaIsThere {
+		if err := v.apply(ctx); err != nil {
+			return err
 		}
+	}
+	// While the cache is in use, a notification per second is enough: a listener does not turn deaf without losing its
+	// connection, which is noticed anyway.
+	v.beats++
+	own := ""
+	if v.beats%heartbeatsPerSecond == 0 || !v.trust.trustedIn(epoch) {
+		own = strconv.Itoa(v.beats)
+	}
+	var triggers, enabled, void string
+	var timeout int64 // in milliseconds
+	err := v.heartbeatDB.QueryRowContext(ctx, selectGuards, v.ownChannel, own).Scan(&triggers, &enabled, &timeout, &void)
+	if err != nil {
 		return err
 	}
+	// A role that may not alter the table has to take triggers that are only on ("O"): they speak for all but replication.
+	if enabled != "AA" && (v.applyError == nil || len(enabled) != 2 || strings.ContainsAny(enabled, "DR")) {
+		// A dump that is being restored makes the triggers last. It needs a moment without interference.
+		v.missing++
+		v.schemaIsThere = v.missing < 3
+		return errors.New("the triggers are missing or off")
+	}
+	v.missing = 0
+	if before := v.triggers; triggers != before {
+		v.triggers = triggers
+		if before != "" {
+			return errors.New("the triggers are others than before, or were off")
+		}
+	}
+	if timeout != statementTimeout.Milliseconds() {
+		return fmt.Errorf("statement_timeout is %d ms, not %s: a pooler in transaction mode does not keep it", timeout, statementTimeout)
+	}
+	for deaf := time.After(heartbeatTimeout); own != ""; {
+		select {
+		case heard := <-v.heard:
+			if heard == own {
+				return nil
+			}
+		case <-deaf:
+			return errors.New("the listener does not hear its own notification: a pooler in transaction mode does not pass it on")
+		}
+	}
+	return nil
+}
+
+// apply applies the schema, every two seconds until that has succeeded: a table from before may lack some of it. A role
+// that may not alter the table uses it as it is.
+func (v *verifier) apply(ctx context.Context) error {
+	if time.Since(v.appliedAt) > applyInterval {
+		v.applyError = v.applySchema(ctx)
+		v.appliedAt = time.Now()
+	}
+	v.schemaIsThere = v.applyError == nil || pq.As(v.applyError, pqerror.InsufficientPrivilege) != nil
+	if v.schemaIsThere {
+		return nil
+	}
+	return v.applyError
 }
 
 // ---------------------------------------------------------------- commands to Redis

@@ -81,18 +81,18 @@ func (be *bench) awaitSeen(stock int) {
 }
 
 // setStock is a change, by the statement stockSQL, that sets the stock.
-func setStock(stock int) func(context.Context, *sql.Stmt) error {
-	return func(ctx context.Context, stmt *sql.Stmt) error {
-		return explain(stmt.QueryRowContext(ctx, stock).Scan(new(int64)))
+func setStock(stock int) func(context.Context, *sql.Conn) error {
+	return func(ctx context.Context, conn *sql.Conn) error {
+		return explain(conn.QueryRowContext(ctx, stockSQL, stock).Scan(new(int64)))
 	}
 }
 
 const stockSQL = `UPDATE products SET stock = $1 WHERE id = 1 RETURNING id`
 
 // write makes a change through a replica.
-func (be *bench) write(s *testServer, change func(context.Context, *sql.Stmt) error) {
+func (be *bench) write(s *testServer, change func(context.Context, *sql.Conn) error) {
 	be.t.Helper()
-	equal(be.t, "the writer's error", s.cache.Write(be.t.Context(), stockKeys, stockSQL, change), nil)
+	equal(be.t, "the writer's error", s.cache.Write(be.t.Context(), stockKeys, change), nil)
 }
 
 // A hold stops somebody at a chosen point until the test releases him.
@@ -106,9 +106,9 @@ func (h *hold) here() { close(h.reached); <-h.released }
 func (be *bench) heldWrite(s *testServer, stock int) (commit, end func()) {
 	before, after := newHold(), newHold()
 	wait := concurrently(1, func(int) {
-		be.write(s, func(ctx context.Context, stmt *sql.Stmt) error {
+		be.write(s, func(ctx context.Context, conn *sql.Conn) error {
 			before.here()
-			err := setStock(stock)(ctx, stmt)
+			err := setStock(stock)(ctx, conn)
 			after.here()
 			return err
 		})
@@ -223,10 +223,10 @@ func TestWriteWithoutTrust(t *testing.T) {
 	defer starting.db.Close()
 	for stock := 1; stock <= 2; stock++ {
 		be.awaitHit(be.a, stock-1)
-		be.write(starting, func(ctx context.Context, stmt *sql.Stmt) error {
+		be.write(starting, func(ctx context.Context, conn *sql.Conn) error {
 			equal(t, "the number of marks", be.redis.do("EXISTS", writersKey(keyAll), writersKey(stockKey)), any(int64(2)))
 			equal(t, "trust", starting.cache.Trusted(), false)
-			return setStock(stock)(ctx, stmt)
+			return setStock(stock)(ctx, conn)
 		})
 		be.read(be.a, stock)
 	}
@@ -257,18 +257,18 @@ func TestWriterDies(t *testing.T) {
 // When the connection breaks under a writer, its change may yet be committed, and here it is.
 func TestFailedWrites(t *testing.T) {
 	be := newBench(t)
-	fails := func(statement string, change func(context.Context, *sql.Stmt) error, then source, as func(error) bool) {
+	fails := func(change func(context.Context, *sql.Conn) error, then source, as func(error) bool) {
 		t.Helper()
-		if err := be.a.cache.Write(t.Context(), stockKeys, statement, change); !as(err) {
+		if err := be.a.cache.Write(t.Context(), stockKeys, change); !as(err) {
 			t.Errorf("the writer got %v", err)
 		}
 		be.read(be.a, 0)
 		be.read(be.a, 0, then)
 	}
 	// The table's CHECK refuses it.
-	fails(stockSQL, setStock(-1), hit, func(err error) bool { return errors.Is(err, errUnchanged) && !unavailable(err) })
+	fails(setStock(-1), hit, func(err error) bool { return errors.Is(err, errUnchanged) && !unavailable(err) })
 	lost := errors.New("the connection broke")
-	fails(stockSQL, func(context.Context, *sql.Stmt) error { return lost }, miss, func(err error) bool {
+	fails(func(context.Context, *sql.Conn) error { return lost }, miss, func(err error) bool {
 		return errors.Is(err, lost) && errors.Is(err, errOutcomeUnknown)
 	})
 	must(be.b.db.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))

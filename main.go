@@ -12,7 +12,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/tls"
 	"database/sql"
 	"database/sql/driver"
 	_ "embed"
@@ -194,6 +193,7 @@ const (
 type server struct {
 	cfg            config
 	db             *sql.DB // a pool, which connects when a connection is needed
+	healthDB       *sql.DB // one connection: a pool that is exhausted is no reason to replace a replica
 	cache          *cache
 	largeAnswers   chan struct{} // a counting semaphore: see respondBody
 	started        time.Time
@@ -203,17 +203,20 @@ type server struct {
 
 // newServer returns a server, which connects to PostgreSQL and Redis when it needs them. cache.Run must run.
 func newServer(cfg config) *server {
-	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize(), statements)
+	sessions := new(atomic.Bool)
+	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize(), sessions, statements...)
 	return &server{
 		cfg:          cfg,
 		db:           db,
+		healthDB:     openDatabase(cfg, healthTimeout, 1, sessions),
 		largeAnswers: make(chan struct{}, maxLargeAnswers),
 		started:      time.Now(),
 		cache: newCache(cacheConfig{
 			db:            db,
-			heartbeatDB:   openDatabase(cfg, heartbeatTimeout, 1, statements[:1]),
+			heartbeatDB:   openDatabase(cfg, heartbeatTimeout, 1, sessions, selectGuards),
+			sessions:      sessions,
 			newListener:   func(f pq.EventCallbackType) *pq.Listener { return openListener(cfg, f) },
-			schema:        schema,
+			applySchema:   func(ctx context.Context) error { return applySchema(ctx, cfg) },
 			redisAddress:  net.JoinHostPort(cfg.redisHost, cfg.redisPort),
 			redisPassword: cfg.redisPassword,
 			ttl:           cfg.cacheTTL,
@@ -227,6 +230,7 @@ func newServer(cfg config) *server {
 func serve(ctx context.Context, cfg config) error {
 	s := newServer(cfg)
 	defer s.db.Close()
+	defer s.healthDB.Close()
 	// Nearly all memory is the garbage of requests. Collecting it half as often as usual costs a few MiB.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200)
@@ -326,9 +330,10 @@ func (s *server) handler() http.Handler {
 				slog.String("cache", rec.Header().Get("Cache-Status")))
 		}
 	}
-	// http.MaxBytesHandler stands outside the recorder: it asks net/http's own ResponseWriter to close the connection
-	// of a client that sends too much, instead of waiting for the rest.
-	return http.MaxBytesHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// With net/http's own ResponseWriter, which closes the connection of a client that sends too much, and not with
+		// the recorder: to that client the answer would come when all has arrived.
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		rec := &recorder{ResponseWriter: w, request: r}
 		defer log(rec, time.Now()) // also when a handler panics
 		w.Header().Set("Cache-Control", "no-cache")
@@ -341,7 +346,7 @@ func (s *server) handler() http.Handler {
 			detail := fmt.Sprintf("%s %s is not an endpoint: GET / lists them", r.Method, r.URL.Path)
 			respondError(rec, r, &problem{Status: rec.refused, Detail: detail})
 		}
-	}), maxBody)
+	})
 }
 
 // A recorder is a ResponseWriter that notes what is sent, for the access log. It also holds back what the router
@@ -468,32 +473,18 @@ func dataSource(cfg config) string {
 			_ = os.Unsetenv(name)
 		}
 	}
+	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace
 	// The trigger in schema.sql knows the service's own writes by the application_name. With binary_parameters a query
 	// that is not prepared is one round trip.
-	dsn := "application_name=desafio3 connect_timeout=1 timezone=UTC binary_parameters=yes passfile=/dev/null"
-	mode := cfg.sslMode
-	if mode == "prefer" {
-		mode = "disable" // for lib/pq: the dialer negotiates
-	}
-	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`)
-	for _, setting := range [][2]string{
-		{"host", cfg.postgresHost},
-		{"port", cfg.postgresPort},
-		{"user", cfg.postgresUser},
-		{"password", cfg.postgresPassword},
-		{"dbname", cfg.postgresDB},
-		{"sslmode", mode},
-	} {
-		dsn += fmt.Sprintf(" %s='%s'", setting[0], quote.Replace(setting[1]))
-	}
-	return dsn
+	return fmt.Sprintf("application_name=desafio3 connect_timeout=2 timezone=UTC binary_parameters=yes passfile=/dev/null"+
+		" host='%s' port='%s' user='%s' password='%s' dbname='%s' sslmode='%s'",
+		quote(cfg.postgresHost), cfg.postgresPort, quote(cfg.postgresUser), quote(cfg.postgresPassword), quote(cfg.postgresDB), cfg.sslMode)
 }
 
-// openDatabase returns a pool, which connects when it is used. Every read from one of its connections ends after
-// readTimeout, and each prepares the statements.
-func openDatabase(cfg config, readTimeout time.Duration, size int, statements []string) *sql.DB {
-	d := dialer{readTimeout: readTimeout, preferTLS: cfg.sslMode == "prefer"}
-	db := sql.OpenDB(connector{dataSource(cfg), d, statements})
+// openDatabase returns a pool of at most size connections, which connects when it is used. Every read from one of its
+// connections ends after readTimeout. The statements are prepared once on each connection, if sessions says so.
+func openDatabase(cfg config, readTimeout time.Duration, size int, sessions *atomic.Bool, statements ...string) *sql.DB {
+	db := sql.OpenDB(connector{dataSource(cfg), readTimeout, sessions, statements})
 	// As many connections may be idle as may be open: to make a new one costs more than a statement.
 	db.SetMaxOpenConns(size)
 	db.SetMaxIdleConns(size)
@@ -504,16 +495,22 @@ func openDatabase(cfg config, readTimeout time.Duration, size int, statements []
 // openListener returns a listener, which connects at once and reconnects for as long as it lives. The service's own
 // notification arrives every second, so a connection on which nothing arrives for a while is lost.
 func openListener(cfg config, onEvent pq.EventCallbackType) *pq.Listener {
-	d := &dialer{readTimeout: 2500 * time.Millisecond, preferTLS: cfg.sslMode == "prefer"}
-	return pq.NewDialListener(d, dataSource(cfg), heartbeat, heartbeat, onEvent)
+	return pq.NewDialListener(&dialer{readTimeout: 2500 * time.Millisecond}, dataSource(cfg), heartbeat, heartbeat, onEvent)
+}
+
+// applySchema applies schema.sql. An index on a large table may take minutes.
+func applySchema(ctx context.Context, cfg config) error {
+	db := openDatabase(cfg, 10*time.Minute, 1, new(atomic.Bool))
+	defer db.Close()
+	_, err := db.ExecContext(ctx, schema)
+	return err
 }
 
 // A dialer makes connections to PostgreSQL on which an answer must arrive within readTimeout: the context of a query
-// cannot end a read from a server that is unresponsive. It remembers the socket of the last one.
+// cannot end a read from a server that is unresponsive. It remembers the last one.
 type dialer struct {
 	readTimeout time.Duration
-	preferTLS   bool
-	socket      *timeoutConn
+	last        *timeoutConn
 }
 
 func (d *dialer) Dial(network, address string) (net.Conn, error) {
@@ -521,6 +518,10 @@ func (d *dialer) Dial(network, address string) (net.Conn, error) {
 }
 
 func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
+	if d.last != nil {
+		// With sslmode=prefer lib/pq connects again where the server has no TLS, and leaves the first connection open.
+		_ = d.last.Close()
+	}
 	conn, err := net.DialTimeout(network, address, timeout)
 	if err != nil {
 		return nil, err
@@ -530,36 +531,9 @@ func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 		// was given up could reach PostgreSQL when its writer's mark has expired.
 		_ = tcp.SetLinger(0)
 	}
-	d.socket = &timeoutConn{Conn: conn, readTimeout: d.readTimeout}
-	if d.socket.raw, err = conn.(syscall.Conn).SyscallConn(); err != nil {
-		return nil, err
-	}
-	if d.preferTLS && network == "tcp" {
-		return negotiateTLS(d.socket, timeout)
-	}
-	return d.socket, nil
-}
-
-// negotiateTLS is libpq's sslmode=prefer: it asks the server for TLS (an SSLRequest, as PostgreSQL's protocol has it),
-// and where the server has none it goes on in the clear on the same connection. lib/pq would make a second one, and
-// PostgreSQL would wait on the first for a minute.
-func negotiateTLS(conn net.Conn, timeout time.Duration) (net.Conn, error) {
-	answer := make([]byte, 1)
-	err := conn.SetDeadline(time.Now().Add(timeout))
-	if err == nil {
-		_, err = conn.Write([]byte{0, 0, 0, 8, 4, 210, 22, 47})
-	}
-	if err == nil {
-		_, err = io.ReadFull(conn, answer)
-	}
-	switch {
-	case err == nil && answer[0] == 'S':
-		return tls.Client(conn, &tls.Config{InsecureSkipVerify: true}), nil // "verify-full" is for who wants more
-	case err == nil && answer[0] == 'N':
-		return conn, nil
-	}
-	_ = conn.Close()
-	return nil, cmp.Or(err, errors.New("what answers is no PostgreSQL"))
+	raw, err := conn.(syscall.Conn).SyscallConn()
+	d.last = &timeoutConn{Conn: conn, readTimeout: d.readTimeout, raw: raw}
+	return d.last, err
 }
 
 // A timeoutConn is a connection on which every read ends after readTimeout.
@@ -603,26 +577,27 @@ var errNotConnected = errors.New("could not connect to PostgreSQL")
 
 // A connector makes the connections of a pool.
 type connector struct {
-	dsn        string
-	dialer     dialer
-	statements []string
+	dsn         string
+	readTimeout time.Duration
+	sessions    *atomic.Bool // set while a connection is known to be one session of PostgreSQL's
+	statements  []string
 }
 
 func (c connector) Driver() driver.Driver { return pq.Driver{} }
 
 // Connect returns a connection on which PostgreSQL ends every statement that takes longer than statementTimeout.
 func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
-	d := c.dialer // a dialer for each connection, which then knows its socket
 	pqConnector, err := pq.NewConnector(c.dsn)
 	if err != nil {
 		return nil, err
 	}
-	pqConnector.Dialer(&d)
+	d := &dialer{readTimeout: c.readTimeout} // one for each connection, whose socket it then knows
+	pqConnector.Dialer(d)
 	conn, err := pqConnector.Connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %v", errNotConnected, err)
 	}
-	own := &preparedConn{pqConn: conn.(pqConn), socket: d.socket, statements: c.statements}
+	own := &preparedConn{pqConn: conn.(pqConn), connector: c, socket: d.last}
 	// Not a parameter of the connection: PgBouncer refuses those that it does not know.
 	_, err = own.ExecContext(context.Background(), fmt.Sprintf("SET statement_timeout = %d", statementTimeout.Milliseconds()), nil)
 	if err != nil {
@@ -642,15 +617,14 @@ type pqConn interface {
 	driver.Validator
 }
 
-// A preparedConn is a connection that prepares its statements once, so that PostgreSQL does not parse
-// and plan them for every request. No context ends a statement that was sent. Only statement_timeout does: PostgreSQL
-// then says that nothing was changed, while lib/pq would break off the connection and leave the outcome unknown.
+// A preparedConn is a connection that prepares its statements once, so that PostgreSQL does not parse and plan them for
+// every request. No context ends a statement that was sent. Only statement_timeout does: PostgreSQL then says that
+// nothing was changed, while lib/pq would break off the connection and leave the outcome unknown.
 type preparedConn struct {
 	pqConn
-	socket     *timeoutConn
-	statements []string
-	prepared   map[string]driver.Stmt // nil until the first statement needs it
-	retired    bool                   // not used again when it is back in the pool
+	connector
+	socket   *timeoutConn
+	prepared map[string]driver.Stmt // by query
 }
 
 // ResetSession is called when a connection is taken from the pool. One that died while it was idle (idle_session_timeout,
@@ -660,84 +634,35 @@ func (c *preparedConn) ResetSession(ctx context.Context) error {
 	if !c.socket.idle() {
 		return driver.ErrBadConn
 	}
+	// Here and not when a statement is sent, since a writer must lose no time after its announcement. Behind a pooler in
+	// transaction mode a statement may meet a session of PostgreSQL's that has another one under its name: lib/pq names
+	// them by number.
+	if c.prepared == nil && c.sessions.Load() {
+		c.prepared = map[string]driver.Stmt{}
+		for _, query := range c.statements {
+			stmt, err := c.pqConn.PrepareContext(context.WithoutCancel(ctx), query)
+			if err != nil {
+				return driver.ErrBadConn
+			}
+			c.prepared[query] = stmt
+		}
+	}
 	return c.pqConn.ResetSession(ctx)
 }
 
-func (c *preparedConn) IsValid() bool { return !c.retired && c.pqConn.IsValid() }
-
-// prepare prepares all statements, in one order. lib/pq names them by number. Behind a pooler in transaction mode
-// other clients may meet them, so a number must mean the same statement on every connection.
-func (c *preparedConn) prepare(ctx context.Context) error {
-	if c.prepared != nil {
-		return nil
-	}
-	prepared := map[string]driver.Stmt{}
-	for _, query := range c.statements {
-		stmt, err := c.pqConn.PrepareContext(context.WithoutCancel(ctx), query)
-		if err != nil {
-			c.retired = true // its numbers would differ
-			if pq.As(err, pqerror.DuplicatePstatement) == nil {
-				return err
-			}
-			clear(prepared) // such a pooler: each query is parsed anew
-			break
-		}
-		prepared[query] = stmt
-	}
-	c.prepared = prepared
-	return nil
-}
-
-// QueryContext runs a query, and once more where it was only prepared in vain.
+// QueryContext runs a query. The error wraps errRepeat where PostgreSQL did not run it because it was prepared for a
+// table that was altered since (0A000), or is no longer prepared (26000): database/sql then drops the connection.
 func (c *preparedConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
-	rows, err := c.query(ctx, query, args)
-	if errors.Is(err, errRepeat) {
-		return c.query(ctx, query, args)
-	}
-	return rows, err
-}
-
-// query runs a query. The error wraps errRepeat where PostgreSQL did not run it because it was prepared for a table
-// that was altered since (0A000), or is no longer prepared (26000). From then on the connection parses each query anew.
-func (c *preparedConn) query(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
 	ctx = context.WithoutCancel(ctx)
-	if slices.Contains(c.statements, query) {
-		if err := c.prepare(ctx); err != nil {
-			return nil, err
-		}
-	}
 	stmt := c.prepared[query]
 	if stmt == nil {
 		return c.pqConn.QueryContext(ctx, query, args)
 	}
 	rows, err := stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
 	if pq.As(err, pqerror.FeatureNotSupported, pqerror.InvalidSQLStatementName) != nil {
-		clear(c.prepared)
-		c.retired = true
-		err = fmt.Errorf("%w: %w", errRepeat, err)
+		err = fmt.Errorf("%w: %w: %w", errRepeat, driver.ErrBadConn, err)
 	}
 	return rows, err
-}
-
-// PrepareContext returns a statement that is ready to be sent, for a writer, which must lose no time after its
-// announcement. Its error may wrap errRepeat, as query's.
-func (c *preparedConn) PrepareContext(ctx context.Context, query string) (driver.Stmt, error) {
-	return preparedStmt{c, query}, c.prepare(ctx)
-}
-
-// A preparedStmt is a statement of a preparedConn, which keeps it when database/sql closes it.
-type preparedStmt struct {
-	conn  *preparedConn
-	query string
-}
-
-func (s preparedStmt) Close() error                               { return nil }
-func (s preparedStmt) NumInput() int                              { return -1 } // PostgreSQL counts them
-func (s preparedStmt) Exec([]driver.Value) (driver.Result, error) { return nil, driver.ErrSkip }
-func (s preparedStmt) Query([]driver.Value) (driver.Rows, error)  { return nil, driver.ErrSkip }
-
-func (s preparedStmt) QueryContext(ctx context.Context, args []driver.NamedValue) (driver.Rows, error) {
-	return s.conn.query(ctx, s.query, args)
 }
 
 // explain returns the error of a statement's row. It is errNotFound where there is none, and wraps errUnchanged where

@@ -49,8 +49,10 @@ func (p *product) scan(row interface{ Scan(...any) error }) error {
 // errNotFound says that there is no product with an id.
 var errNotFound = fmt.Errorf("no such product: %w", errUnchanged)
 
-// statements are those that a connection prepares. The heartbeat's own connection prepares the first.
-var statements = []string{selectGuards, selectList, selectPage, selectCategoryPage, selectProduct, insertProduct, updateProduct, deleteProduct}
+// statements are those that the connections of requests prepare.
+var statements = []string{
+	selectList, selectPage, selectCategoryPage, selectProduct, insertProduct, updateProduct, deleteProduct,
+}
 
 // ---------------------------------------------------------------- lists
 
@@ -167,31 +169,36 @@ const (
 // respondBody answers with the body that build returns. Where a large one has to wait for its turn, it is built again
 // then: a thousand clients that read slowly must not hold a thousand bodies.
 func (s *server) respondBody(w http.ResponseWriter, r *http.Request, build func() ([]byte, error)) error {
-	body, err := build()
-	if err != nil {
-		return err
-	}
-	if len(body) > largeAnswer {
-		select {
-		case s.largeAnswers <- struct{}{}:
-		default:
-			body = nil
+	release := func() { <-s.largeAnswers }
+	for itsTurn := false; ; {
+		body, err := build()
+		if errors.Is(err, errRepeat) {
+			continue // each time the pool has dropped a connection, so this ends
+		}
+		if err != nil {
+			return err
+		}
+		if len(body) > largeAnswer && !itsTurn {
 			select {
 			case s.largeAnswers <- struct{}{}:
-			case <-r.Context().Done():
-				return r.Context().Err()
-			case <-time.After(answerTimeout):
-				return &problem{Status: http.StatusServiceUnavailable, Detail: "too many large answers are on their way"}
+				defer release()
+			default:
+				body = nil
+				select {
+				case s.largeAnswers <- struct{}{}:
+					defer release()
+					itsTurn = true
+					continue
+				case <-r.Context().Done():
+					return r.Context().Err()
+				case <-time.After(answerTimeout):
+					return &problem{Status: http.StatusServiceUnavailable, Detail: "too many large answers are on their way"}
+				}
 			}
-			body, err = build()
 		}
-		defer func() { <-s.largeAnswers }()
+		respond(w, http.StatusOK, "application/json", body)
+		return nil
 	}
-	if err != nil {
-		return err
-	}
-	respond(w, http.StatusOK, "application/json", body)
-	return nil
 }
 
 // respondCached answers with the body of key and says where it came from. The body is the same bytes, whether it was
@@ -305,13 +312,13 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	var p product
-	create := func(ctx context.Context, stmt *sql.Stmt) error {
-		return p.scan(stmt.QueryRowContext(ctx, f.Name, f.Description, f.Price, f.Stock, f.Category))
+	create := func(ctx context.Context, conn *sql.Conn) error {
+		return p.scan(conn.QueryRowContext(ctx, insertProduct, f.Name, f.Description, f.Price, f.Stock, f.Category))
 	}
 	// Rows that were imported with ids of their own may have the one that comes next. Nothing was created then. Others
 	// may move the sequence at the same time, so one more try need not be enough.
 	for range 20 {
-		err = s.cache.Write(r.Context(), []string{keyAll}, insertProduct, create)
+		err = s.cache.Write(r.Context(), []string{keyAll}, create)
 		if e := pq.As(err, pqerror.UniqueViolation); e == nil || e.Constraint != "products_pkey" {
 			break
 		}
@@ -352,10 +359,10 @@ func (s *server) updateProduct(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	var p product
-	update := func(ctx context.Context, stmt *sql.Stmt) error {
-		return p.scan(stmt.QueryRowContext(ctx, id, f.Name, f.Description, f.Price, f.Stock, f.Category))
+	update := func(ctx context.Context, conn *sql.Conn) error {
+		return p.scan(conn.QueryRowContext(ctx, updateProduct, id, f.Name, f.Description, f.Price, f.Stock, f.Category))
 	}
-	if err := s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, updateProduct, update); err != nil {
+	if err := s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, update); err != nil {
 		return err
 	}
 	return respondJSON(w, http.StatusOK, &p)
@@ -372,10 +379,10 @@ func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	remove := func(ctx context.Context, stmt *sql.Stmt) error {
-		return new(product).scan(stmt.QueryRowContext(ctx, id))
+	remove := func(ctx context.Context, conn *sql.Conn) error {
+		return new(product).scan(conn.QueryRowContext(ctx, deleteProduct, id))
 	}
-	if err := s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, deleteProduct, remove); err != nil {
+	if err := s.cache.Write(r.Context(), []string{keyAll, productKey(id)}, remove); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -431,17 +438,20 @@ type text struct{ sql.NullString }
 // UnmarshalJSON refuses what is no string, and a NUL, which PostgreSQL cannot store. encoding/json adds the name of the
 // field to an UnmarshalTypeError.
 func (t *text) UnmarshalJSON(value []byte) error {
-	if value[0] != '"' {
-		return &json.UnmarshalTypeError{Value: kind(value), Type: reflect.TypeFor[string]()}
-	}
-	t.Valid = true
 	if err := json.Unmarshal(value, &t.String); err != nil {
 		return err
 	}
-	if strings.Contains(t.String, "\x00") {
-		return &json.UnmarshalTypeError{Value: "a string with a NUL", Type: reflect.TypeFor[string]()}
+	wrong := json.UnmarshalTypeError{Type: reflect.TypeFor[string]()}
+	switch {
+	case value[0] == 'n':
+		wrong.Value = "null"
+	case strings.Contains(t.String, "\x00"):
+		wrong.Value = "string with a NUL"
+	default:
+		t.Valid = true
+		return nil
 	}
-	return nil
+	return &wrong
 }
 
 // A digits is a number that was sent, as it was written, or NULL. So a price is exact from the body to PostgreSQL.
@@ -449,28 +459,14 @@ type digits struct{ sql.NullString }
 
 // UnmarshalJSON refuses what is no number.
 func (d *digits) UnmarshalJSON(value []byte) error {
+	if value[0] == 'n' {
+		return &json.UnmarshalTypeError{Value: "null", Type: reflect.TypeFor[float64]()}
+	}
 	if value[0] != '-' && (value[0] < '0' || value[0] > '9') {
-		return &json.UnmarshalTypeError{Value: kind(value), Type: reflect.TypeFor[json.Number]()}
+		return json.Unmarshal(value, new(float64)) // whose error says what it is
 	}
 	d.Valid, d.String = true, string(value)
 	return nil
-}
-
-// kind names what a JSON value is.
-func kind(value []byte) string {
-	switch value[0] {
-	case '"':
-		return "a string"
-	case '{':
-		return "an object"
-	case '[':
-		return "an array"
-	case 't', 'f':
-		return "a boolean"
-	case 'n':
-		return "null"
-	}
-	return "a number"
 }
 
 // maxBody is how many bytes a request's body may have.
@@ -514,11 +510,11 @@ func decodeFields(body []byte) (f fields, err error) {
 	dec.DisallowUnknownFields()
 	err = dec.Decode(&f)
 	if wrong, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-		wanted := "a string"
-		if wrong.Type == reflect.TypeFor[json.Number]() {
-			wanted = "a number"
+		wanted := "string"
+		if wrong.Type.Kind() == reflect.Float64 {
+			wanted = "number"
 		}
-		return f, badRequest("%s must be %s, not %s", wrong.Field, wanted, wrong.Value)
+		return f, badRequest("%s must be a %s, got %s", wrong.Field, wanted, wrong.Value)
 	}
 	if err != nil { // the only other one, which has no type of its own
 		return f, badRequest("%s is not a field", strings.TrimPrefix(err.Error(), "json: unknown field "))

@@ -1,6 +1,8 @@
 -- The whole schema. The service applies it when it starts, and again when it finds the triggers missing, in one
 -- transaction. Every statement may run again without harm. It waits for nobody's lock: it is tried again.
+-- But an index on a large table may take longer than a request's statement may.
 SET LOCAL lock_timeout = '200ms';
+SET LOCAL statement_timeout = 0;
 
 -- Replicas that start together take turns.
 SELECT pg_advisory_xact_lock(hashtext('desafio3 schema'));
