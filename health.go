@@ -92,7 +92,7 @@ func (s *server) probes() (postgres, redis service) {
 	postgres = probe(s.cfg.postgresHost, s.cfg.postgresPort, func() (version string, err error) {
 		ctx, cancel := context.WithTimeout(context.Background(), queryTimeout)
 		defer cancel()
-		err = s.db.QueryRowContext(ctx, selectVersion).Scan(&version)
+		err = s.healthDB.QueryRowContext(ctx, selectVersion).Scan(&version)
 		return version, err
 	})
 	asking.Wait()
@@ -224,26 +224,21 @@ func pingCommand(ctx context.Context, cfg config, args []string) error {
 		address = net.JoinHostPort(address, port)
 	}
 	tries, reached := 0, 0
-	for ticker := time.Tick(time.Second); tries < *count; {
-		tries++
+	for ; tries < *count && ctx.Err() == nil; tries++ {
 		began := time.Now()
 		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", address)
 		if err == nil {
-			fmt.Printf("connected to %s (%s): try=%d time=%.3f ms\n", address, conn.RemoteAddr(), tries, milliseconds(time.Since(began)))
+			fmt.Printf("connected to %s (%s): try=%d time=%.3f ms\n", address, conn.RemoteAddr(), tries+1, milliseconds(time.Since(began)))
 			_ = conn.Close()
 			reached++
 		} else {
-			fmt.Printf("no connection to %s: try=%d %v\n", address, tries, err)
+			fmt.Printf("no connection to %s: try=%d %v\n", address, tries+1, err)
 		}
-		if tries == *count {
-			break
-		}
-		select {
-		case <-ticker:
-		case <-ctx.Done(): // interrupted
-		}
-		if ctx.Err() != nil {
-			break
+		if tries+1 < *count {
+			select {
+			case <-time.After(time.Second - time.Since(began)):
+			case <-ctx.Done(): // interrupted
+			}
 		}
 	}
 	fmt.Printf("%d tries, %d connected\n", tries, reached)
