@@ -585,7 +585,7 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 	if before := v.triggers; triggers != before {
 		v.triggers = triggers
 		if before != "" {
-			return errors.New("the triggers are others than before, or were off")
+			return errors.New("the triggers were replaced or switched off")
 		}
 	}
 	if timeout != statementTimeout.Milliseconds() {
@@ -819,29 +819,23 @@ func infoField(info, name string) string {
 // SCAN does not hold up Redis as KEYS would, however many keys of other programs it holds. After the limit the error is
 // context.DeadlineExceeded.
 func (c *redisClient) scan(name string, limit time.Duration) (count int, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
+	began := time.Now()
 	for cursor := "0"; ; {
-		reply, err := redis.Values(c.do("SCAN", cursor, "MATCH", keyPrefix+"*", "COUNT", 1000))
-		if err != nil {
-			return count, err
-		}
 		var keys []any
-		if _, err := redis.Scan(reply, &cursor, &keys); err != nil {
-			return count, err
+		reply, err := redis.Values(c.do("SCAN", cursor, "MATCH", keyPrefix+"*", "COUNT", 1000))
+		if err == nil {
+			_, err = redis.Scan(reply, &cursor, &keys)
 		}
-		if len(keys) > 0 {
-			n, err := redis.Int(c.do(name, keys...))
-			if err != nil {
-				return count, err
-			}
+		if err == nil && len(keys) > 0 {
+			var n int
+			n, err = redis.Int(c.do(name, keys...))
 			count += n
 		}
-		if cursor == "0" {
-			return count, nil
+		if err != nil || cursor == "0" {
+			return count, err
 		}
-		if ctx.Err() != nil {
-			return count, ctx.Err()
+		if time.Since(began) > limit {
+			return count, context.DeadlineExceeded
 		}
 	}
 }

@@ -126,11 +126,6 @@ func (s *settings) port(name, fallback string) string {
 	return strconv.Itoa(s.number(name, fallback, 1, 65535))
 }
 
-// seconds returns a whole number of seconds.
-func (s *settings) seconds(name, fallback string, min, max int) time.Duration {
-	return time.Duration(s.number(name, fallback, min, max)) * time.Second
-}
-
 var hostName = regexp.MustCompile(`^[A-Za-z0-9_.-]*$`)
 
 // host returns a host's name or address. PostgreSQL's may also be the folder of its Unix socket.
@@ -169,8 +164,8 @@ func configure(getenv func(string) string) (config, error) {
 		redisHost:        s.host("REDIS_HOST", "localhost"),
 		redisPort:        s.port("REDIS_PORT", "6379"),
 		redisPassword:    s.secret("REDIS_PASSWORD"),
-		cacheTTL:         s.seconds("CACHE_TTL", "300", 1, 86400),
-		drainTime:        s.seconds("DRAIN_SECONDS", "2", 0, 300),
+		cacheTTL:         time.Duration(s.number("CACHE_TTL", "300", 1, 86400)) * time.Second,
+		drainTime:        time.Duration(s.number("DRAIN_SECONDS", "2", 0, 300)) * time.Second,
 	}
 	cfg.sslMode = s.check("POSTGRES_SSLMODE", "prefer", "one of "+strings.Join(sslModes, ", "), func(value string) bool {
 		return slices.Contains(sslModes, value)
@@ -655,7 +650,7 @@ func (c *preparedConn) ResetSession(ctx context.Context) error {
 func (c *preparedConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
 	ctx = context.WithoutCancel(ctx)
 	stmt := c.prepared[query]
-	if stmt == nil {
+	if stmt == nil || !c.sessions.Load() {
 		return c.pqConn.QueryContext(ctx, query, args)
 	}
 	rows, err := stmt.(driver.StmtQueryContext).QueryContext(ctx, args)
