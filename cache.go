@@ -30,7 +30,7 @@ import (
 // nothing of each other. Four rules make it right. Each is explained where it is in the code:
 //
 //  1. A reader takes a lease, a writer announces itself; a fill needs the lease and no writer at work (fillScript).
-//  2. The database tells what the API did not do, and the service verifies that it does (verifyDatabase).
+//  2. The database tells what the API did not do, and the service verifies that it does (verifier).
 //  3. In doubt, drop everything, and let a new Redis settle (distrust, restore).
 //  4. Share only what starts after you (Get).
 //

@@ -255,6 +255,7 @@ func TestPoolExhausted(t *testing.T) {
 		conn := must(s.db.Conn(t.Context()))
 		defer conn.Close()
 	}
+	s.wantHealth(200, "healthy", "connected", "connected")
 	wantAllUnavailable(t, s, 6*time.Second)
 }
 

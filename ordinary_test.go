@@ -87,6 +87,28 @@ func TestDroppedTable(t *testing.T) {
 	s.create(`{"name":"c","price":1}`)
 }
 
+// TestSchemaTakesTime has a table of an older version that is locked when the service starts, and later a schema that
+// takes longer to apply than a statement may: both are waited for.
+func TestSchemaTakesTime(t *testing.T) {
+	_, cfg := alone(t)
+	db := psql(t, cfg)
+	must(db.Exec(schema))
+	must(db.Exec(`ALTER TABLE products DROP CONSTRAINT products_dates`))
+	const constraints = `SELECT count(*) FROM pg_constraint WHERE conname = 'products_dates'`
+	const waiting = `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`
+	tx := lock(db, `LOCK TABLE products`)
+	s := startReplica(t, cfg)
+	eventually(t, "the schema waits for the lock", func() bool { return ask[int](db, waiting) == 1 })
+	eventually(t, "the schema gives up", func() bool { return ask[int](db, waiting) == 0 })
+	check(tx.Rollback())
+	s.awaitHit("/products")
+	equal(t, "constraints", ask[int](db, constraints), 1)
+
+	must(db.Exec(`CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(3); END $$;
+		CREATE EVENT TRIGGER slow ON ddl_command_end WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION slow(); DROP TABLE products`))
+	s.rightWithin(10*time.Second, "/products", `"count":0`)
+}
+
 // TestRoleWithoutPrivileges uses a database in which everything is there and nothing may be created.
 func TestRoleWithoutPrivileges(t *testing.T) {
 	s := startAlone(t)
