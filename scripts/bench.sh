@@ -12,7 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 is "$(uname)" Linux || die 'this needs Linux: it reads processor time and memory from /proc'
-need_for_tests
+need_servers pgbouncer
 title "$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(go version | cut -d ' ' -f 3)"
 
 exec go test -run '^$' -bench "${BENCH:-.}" -benchtime "${ROUNDS:-3}x" -timeout 2h .

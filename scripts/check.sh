@@ -87,14 +87,14 @@ links_have_targets() {
 # follow_documents MODE: runs the blocks that are marked sh, in order, each in a shell of its own, with the ports and
 # names of this check. Without Docker it leaves out those that say "docker".
 follow_documents() {
-  local block where ran=0 blocks=()
+  local block where ran=0 blocks=() adapted=$TEST_DIR/block
   for where in "${documents[@]}"; do blocks+=("$TEST_DIR/blocks/$where"/*.sh); done
   for block in "${blocks[@]}"; do
     if is "$1" local && grep -qw docker "$block"; then continue; fi
     where=${block#"$TEST_DIR/blocks/"}
     title "$where"
-    sed -E "s/(localhost|127\.0\.0\.1):8000/127.0.0.1:$WEB_PORT/g; s/desafio3([-_])/$project\1/g" "$block" >"$TEST_DIR/block"
-    bash -xeuo pipefail "$TEST_DIR/block" || die "$where: this block, which begins at this line, failed"
+    sed -E "s/(localhost|127\.0\.0\.1):8000/127.0.0.1:$WEB_PORT/g; s/desafio3([-_])/$project\1/g" "$block" >"$adapted"
+    bash -xeuo pipefail "$adapted" || die "$where: this block, which begins at this line, failed"
     ran=$((ran + 1))
   done
   say "$ran blocks ran, $((${#blocks[@]} - ran)) that need Docker were left out"
@@ -133,7 +133,7 @@ beside_swarm() { lock_engine --shared && "$@"; }
 # ---------------------------------------------------------------- the run
 
 # Cgo needs a C compiler for the race detector. README.md uses python3.
-need_for_tests 'gcc clang=gcc libc6-dev' perl python3
+need_servers pgbouncer 'gcc clang=gcc libc6-dev' perl python3
 need shellcheck 2>/dev/null || say 'shellcheck is not installed: the scripts are not checked'
 
 TEST_DIR=$(mktemp -d)

@@ -38,11 +38,12 @@ compare() {
   bar "$red" miss "$miss"
   bar "$green" hit "$hit"
   printf '\n    %sA hit is %d.%d times as fast.%s\n\n' "$bold" $((tenths / 10)) $((tenths % 10)) "$plain"
-  claim "all $((2 * rounds)) reads hit or missed as expected" is "$(grep -cx 'fwd=miss [0-9]* hit [0-9]*' <<<"$times")" "$rounds"
+  as_expected=$(grep -cx 'fwd=miss [0-9]* hit [0-9]*' <<<"$times")
+  claim "all $((2 * rounds)) reads hit or missed as expected" is "$as_expected" "$rounds"
 }
 median() { awk -v column="$1" '{ print $column }' <<<"$times" | sort -n | sed -n "$((rounds / 2))p"; }
 
-# bar COLOUR NAME MICROSECONDS: two rows high, for the last row of a classroom; as wide as the screen for a miss.
+# bar COLOUR NAME MICROSECONDS: two rows high, for the last row of a classroom. A miss is as wide as the screen.
 bar() {
   local bar
   printf -v bar '%*s' $(($3 * 56 / miss + 1)) ''
@@ -68,7 +69,7 @@ title "4. Speed (medians of $rounds misses and $rounds hits)"
 say "With the $(sql 'SELECT count(*) FROM products') products of this catalogue:"
 compare
 few=$tenths few_saved=$((miss - hit))
-say 'That is little. PostgreSQL finds a few rows in its memory faster than a request travels. A hit cannot save the travel.'
+say 'That is little: PostgreSQL finds a few rows faster than a request travels, and a hit cannot save the travel.'
 
 in_bulk "INSERT INTO products (id, name, description, price, stock, category)
   SELECT 1000000000 + i, 'Produto ' || i, 'Um de muitos, para uma lista comprida', i / 100.0, i, 'demo'
@@ -99,7 +100,8 @@ claim 'list is the same as at the beginning' is "$body" "$first"
 
 title '8. Statistics'
 request GET /stats
-say "hits: $(field hits)    misses: $(field misses)    hit rate: $(LC_ALL=C printf '%.2f' "$(field hit_rate)")    keys: $(field keys)    memory: $(field memory_used)"
+printf '  hits: %d    misses: %d    hit rate: %.2f    keys: %d    memory: %s\n' \
+  "$(field hits)" "$(field misses)" "$(field hit_rate)" "$(field keys)" "$(field memory_used)"
 claim 'hits are counted' test "$(field hits)" -ge "$rounds"
 claim 'misses are counted' test "$(field misses)" -ge "$rounds"
 

@@ -76,9 +76,7 @@ no_request_failed() {
   refused=$(count '^refused') lost=$(count "$in_flight") sent=$(count -v '^refused')
   seen=$((seen + sent + refused)) total=$((total + sent))
   say "$sent requests, $(count PUT) of them writes; $refused connections refused and made to another replica"
-  if [[ -n ${1:-} ]]; then
-    claim "killed replica cut off $lost requests in flight, at most one per client" test "$lost" -le 4
-  fi
+  [[ -z ${1:-} ]] || claim "killed replica cut off $lost requests in flight, at most one per client" test "$lost" -le 4
   claim 'no request failed' is "$(grep -vE "^ok|^refused|$in_flight" "$tmp/part" | sort | uniq -c)" ''
 }
 count() { grep -c "$@" "$tmp/part" || true; }
@@ -123,8 +121,7 @@ reason=$(why_not_docker)
 [[ -z $reason ]] || die "$reason"
 is "$(swarm_state)" inactive || die 'this needs an engine that is in no swarm'
 [[ -z $(compose_containers) ]] ||
-  die "at the end the engine leaves the swarm, and these could no longer resolve each other's names:
-  $(compose_containers)
+  die "when the engine leaves the swarm, these could not resolve each other's names any more: $(compose_containers)
   Stop their stacks first (./scripts/stop.sh), and start them afterwards (./scripts/start.sh)."
 
 bridge=$(docker network ls -q -f name=docker_gwbridge) # Swarm creates it, and leaves it behind
@@ -137,8 +134,7 @@ clean_up() {
   title 'Clean-up'
   rm -rf "$tmp"
   lock_engine --exclusive || true
-  wait_for 90 as_before >/dev/null 2>&1 ||
-    die 'something is left: docker ps -a, docker volume ls and docker images show it'
+  wait_for 90 as_before >/dev/null 2>&1 || die 'something is left: see docker ps -a, docker volume ls, docker images'
   [[ -z $(compose_containers) ]] ||
     say "These started meanwhile and cannot resolve each other's names: docker restart $(compose_containers)"
 }
@@ -169,8 +165,7 @@ quietly docker run -d --name "$clients" --network "${stack}_default" --entrypoin
 if vip=$(in_clients 'connect >/dev/null && echo "$address"'); then
   say 'The virtual address of "web" works: the clients use it.'
 else
-  say 'The virtual address does not forward here: this kernel has no IPVS.'
-  say 'With endpoint_mode dnsrr the clients choose a replica.'
+  say 'Virtual addresses do not work: this kernel has no IPVS. With endpoint_mode dnsrr the clients choose a replica.'
   quietly docker service rm "$service"
   deploy dnsrr
 fi

@@ -23,23 +23,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # read_env: exports our settings from its input, as Compose reads them from the file .env. The environment wins. A value
 # is text, and nothing in it is executed. Outside single quotes, $NAME, ${NAME} and ${NAME:-default} stand for another
 # setting, and $$ for a dollar. Compose reads a value of several lines, too; this function does not.
-our_settings='^(COMPOSE_PROJECT_NAME|(DESAFIO3|POSTGRES|REDIS)_.*|(WEB_)?PORT|BIND_ADDRESS|CACHE_TTL|DRAIN_SECONDS|LOG_LEVEL)$'
+ours='^(COMPOSE_PROJECT_NAME|(DESAFIO3|POSTGRES|REDIS)_.*|(WEB_)?PORT|BIND_ADDRESS|CACHE_TTL|DRAIN_SECONDS|LOG_LEVEL)$'
 read_env() {
-  local line name value known entry other text assignment single double reference
+  local line name value known entry other text assignment reference
   # The three bytes are the mark with which some editors on Windows begin a file.
   assignment=$'^(\xef\xbb\xbf)?[ \t]*(export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*[=:][ \t]*(.*)$'
-  single="^'(([^\\']|\\\\.)*)'" double='^"(([^\"]|\\.)*)"'
   reference='^([^$]*)[$]([$]|([A-Za-z_][A-Za-z0-9_]*)|[{]([A-Za-z_][A-Za-z0-9_]*)(:?-([^}]*))?[}])(.*)$'
   while IFS= read -r line || [[ -n $line ]]; do
     [[ ${line%$'\r'} =~ $assignment ]] || continue
     name=${BASH_REMATCH[3]} value=${BASH_REMATCH[4]} known=''
-    if [[ $value =~ $single ]]; then
-      known=${BASH_REMATCH[1]//\\\'/\'} value=''
-    elif [[ $value =~ $double ]]; then
-      value=$(printf %b "$(sed 's/\\"/"/g; s/\\\$/$$/g' <<<"${BASH_REMATCH[1]}")")
-    else
-      value=$(sed 's/ #.*//; s/[[:space:]]*$//' <<<"$value")
-    fi
+    case $value in
+    \'*) known=$(sed -E "s/^'(([^\\']|\\\\.)*)'.*/\1/; s/\\\\'/'/g" <<<"$value") value='' ;;
+    \"*) value=$(printf %b "$(sed -E 's/^"(([^\"]|\\.)*)".*/\1/; s/\\"/"/g; s/\\\$/$$/g' <<<"$value")") ;;
+    *) value=$(sed 's/ #.*//; s/[[:space:]]*$//' <<<"$value") ;;
+    esac
     while [[ $value =~ $reference ]]; do
       other=${BASH_REMATCH[3]}${BASH_REMATCH[4]} entry=dotenv_$other text='$'
       if [[ -n $other ]]; then text=${!other-${!entry-}}; fi
@@ -49,7 +46,7 @@ read_env() {
   done
   for entry in ${!dotenv_@}; do
     name=${entry#dotenv_}
-    [[ ! $name =~ $our_settings ]] || export "$name=${!name-${!entry}}"
+    [[ ! $name =~ $ours ]] || export "$name=${!name-${!entry}}"
   done
 }
 
@@ -107,8 +104,7 @@ http() { curl -q --noproxy '*' -sS -m 20 "$@"; }
 
 # request METHOD PATH [JSON]: sends it to the service and prints a line about the answer, and the whole of one that
 # is no success. It leaves them in $status, $body, $cache (the header Cache-Status) and $micros (the microseconds).
-# The line has no time when $show_times is empty.
-show_times=yes
+# The line has no time if $show_times is empty.
 request() {
   local answer head line
   # curl writes the status and the time in a line of their own after the answer, also when there is none or half of one.
@@ -120,7 +116,7 @@ request() {
   head=${answer%%$'\n\n'*} body=${answer#*$'\n\n'} body=${body%$'\n'} cache=''
   if [[ $head =~ Cache-Status:\ ([^$'\n']*) ]]; then cache=${BASH_REMATCH[1]}; fi
   printf -v line '%-6s %-34s %s  %-17s' "$1" "$2" "$status" "$cache"
-  if [[ -n $show_times ]]; then line+=$(printf ' %6d.%d ms' $((micros / 1000)) $((micros % 1000 / 100))); fi
+  if [[ -n ${show_times-yes} ]]; then line+=$(printf ' %6d.%d ms' $((micros / 1000)) $((micros % 1000 / 100))); fi
   if [[ $status == [45]* && ${expected:-} == "$status"* ]]; then line+=' (expected)'; fi
   say "$line"
   if [[ -n ${3:-} ]]; then say "       $3"; fi
@@ -182,9 +178,7 @@ verdict() { printf '\n%d passed, %d failed\n' "$passed" "$failed" && ((failed ==
 
 # Debian keeps PostgreSQL's servers and PgBouncer off the PATH, and Homebrew its versions of PostgreSQL. A folder that does
 # not exist does no harm.
-find_servers() {
-  PATH+=$(printf ':%s' /usr/lib/postgresql/*/bin {/opt/homebrew,/usr/local}/opt/postgresql*/bin /usr/sbin)
-}
+find_servers() { PATH+=$(printf :%s /usr/sbin /usr/lib/postgresql/*/bin {/opt/homebrew,/usr/local}/opt/postgres*/bin); }
 find_servers
 
 redis_server() { command -v redis-server || command -v valkey-server; }
@@ -200,8 +194,7 @@ need() {
   done
   [[ -n $missing ]] || return 0
   if ((EUID != 0)) || ! have apt-get; then
-    printf 'Not installed:%s\n  Debian or Ubuntu: sudo apt-get install%s\n  Homebrew: brew install%s\n' \
-      "$missing" "$missing" "${missing/redis-server/redis}" >&2
+    echo "Not installed:$missing. Use: sudo apt-get install$missing, or: brew install${missing/redis-server/redis}" >&2
     return 1
   fi
   say "Installing$missing ..."
@@ -219,26 +212,18 @@ apt_install() (
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq || true # a source that does not answer may not be the one that is needed
   # shellcheck disable=SC2086 # a list of names
-  quietly apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 ||
-    die "apt-get could not install:$1"
-  for server in redis-server pgbouncer; do
-    ! has "$1 " " $server " || systemctl disable "$server" >/dev/null 2>&1 || true
-  done
+  quietly apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 || exit 1
+  for server in $1; do systemctl disable "$server" >/dev/null 2>&1 || true; done # a package's unit has its name
 )
 
-# need_servers [PROGRAM[=PACKAGE]...]: makes sure of PostgreSQL, of a Redis that is new enough, of the few programs that
-# these scripts use, and of those given.
+# need_servers [PROGRAM[=PACKAGE]...]: makes sure of Go, of PostgreSQL, of a Redis that is new enough, of the few programs
+# that these scripts use, and of those given.
 need_servers() {
+  have go || { echo 'Go is needed: https://go.dev/dl/' >&2; return 1; }
   need curl ps=procps postgres=postgresql 'redis-server valkey-server=redis-server' "$@" || return 1
   # It prints "Redis server v=7.0.15 sha=...".
   [[ $("$(redis_server)" --version) =~ \ v=([7-9]|[1-9][0-9]+)\. ]] ||
     { echo "$(redis_server) is too old: Redis 7.0 or newer is needed, or Valkey" >&2; return 1; }
-}
-
-# need_for_tests [PROGRAM[=PACKAGE]...]: the same for go test, which needs Go and PgBouncer, too.
-need_for_tests() {
-  have go || die 'Go is needed: https://go.dev/dl/'
-  need_servers pgbouncer "$@"
 }
 
 port_taken() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
@@ -258,16 +243,15 @@ as_postgres() { if ((EUID == 0)); then (cd / && exec runuser -u postgres -- "$@"
 # already, and returns when it answers. The first time it creates a cluster and a database for POSTGRES_USER,
 # POSTGRES_PASSWORD and POSTGRES_DB.
 start_postgres() {
-  local home=$state/postgres
+  local status home=$state/postgres
   if [[ ! -e $home ]] && ! as_postgres test -x "$state"; then
     # The user postgres may not enter a folder above $state, so the data goes elsewhere.
     ln -s "$(mktemp -d /var/lib/desafio3-postgres.XXXXXX)" "$home" || return 1
   fi
   mkdir -p "$home" && home=$(cd -P "$home" && pwd) && chown "$(as_postgres id -u)" "$home" || return 1
-  # The pid file alone proves nothing: after a crash of the machine, its pid may belong to another process.
-  if as_postgres pg_ctl -D "$home/data" status >/dev/null 2>&1 && pg_isready -q -h 127.0.0.1 -p "$POSTGRES_PORT"; then
-    return 0
-  fi
+  # The status alone proves nothing: after a crash of the machine, another process may have the pid in the pid file.
+  status=$(as_postgres pg_ctl -D "$home/data" status 2>&1) || true
+  if has "$status" "port=$POSTGRES_PORT" && port_taken "$POSTGRES_PORT"; then return 0; fi
   # A server whose data was removed notices within a minute, and ends.
   ! port_taken "$POSTGRES_PORT" || say "Waiting for port $POSTGRES_PORT ..."
   wait_for 90 not port_taken "$POSTGRES_PORT" || true
@@ -318,11 +302,9 @@ alive() { has "$(ps -ww -p "$(cat "$1" 2>/dev/null)" -o command= 2>/dev/null)" "
 
 # end_process PIDFILE NAME SECONDS: sends SIGTERM, even to a paused process, and SIGKILL if it still runs after SECONDS.
 end_process() {
-  local pid
   if alive "$1" "$2"; then
-    pid=$(<"$1")
-    kill -CONT "$pid" && kill -TERM "$pid"
-    wait_for "$3" not alive "$1" "$2" || kill -KILL "$pid"
+    kill -CONT "$(<"$1")" && kill -TERM "$(<"$1")"
+    wait_for "$3" not alive "$1" "$2" || kill -KILL "$(<"$1")"
     wait_for 10 not alive "$1" "$2" || return 1
   fi
   rm -f "$1"
@@ -362,9 +344,8 @@ why_not_docker() {
 }
 why() { printf '%s\nTo fix it: %s\n' "$@"; }
 
-# project_label: filters Docker's lists down to this project's. folder_label: where Compose notes the project's folder.
+# project_label: filters Docker's lists down to this project's.
 project_label="label=com.docker.compose.project=$project"
-folder_label=com.docker.compose.project.working_dir
 
 # compose_containers: the names of those that run in any stack of Compose, in a line. swarm_state: active or inactive.
 compose_containers() { docker ps -f label=com.docker.compose.project --format '{{.Names}}' | paste -s -d ' ' -; }
@@ -396,18 +377,15 @@ find_mode() {
   fi
 }
 
-# own_stack: ends the script if containers or volumes with our names come from another folder, such as another clone.
-# Compose notes the folder on containers, and start.sh on volumes. A folder that no longer exists owns nothing.
+# own_stack: ends the script if our containers were created in another folder, such as another clone. Compose notes the
+# folder on each container. A folder that no longer exists owns nothing.
 own_stack() {
   local folder
   while read -r folder; do
     [[ ! -e $folder || $folder -ef $PWD ]] ||
       die "the stack $project belongs to $folder. Work there, or give this one a name
   and ports of its own: COMPOSE_PROJECT_NAME=$project-2 WEB_PORT=8001 POSTGRES_PORT=5433 REDIS_PORT=6380 $0"
-  done < <(
-    docker ps -a -f "$project_label" --format "{{.Label \"$folder_label\"}}"
-    docker volume ls -f "$project_label" --format "{{.Label \"$folder_label\"}}"
-  )
+  done < <(docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.project.working_dir"}}')
 }
 
 not_running() { die 'the stack is not running: start it with ./scripts/start.sh'; }
@@ -418,8 +396,7 @@ attach() {
   if is "$mode" local; then
     # shellcheck source=/dev/null
     source "$state/env" 2>/dev/null || not_running # its ports and passwords
-    alive "$state/web.pid" "$state/web" ||
-      die 'the service has ended: ./scripts/logs.sh web says why, ./scripts/start.sh starts it'
+    alive "$state/web.pid" "$state/web" || die 'the service has ended: ./scripts/logs.sh web says why'
     url=$BIND_ADDRESS:$WEB_PORT
   else
     [[ -n $mode ]] || not_running
@@ -432,42 +409,33 @@ attach() {
 }
 
 # own_folder: ends the script if start.sh did not create the folder for the data.
-own_folder() { [[ -e $marker ]] || die "start.sh did not make $state, which has no file ${marker##*/}: it stays as it is"; }
+own_folder() { [[ -e $marker ]] || die "start.sh did not make $state: it has no file ${marker##*/}, and stays"; }
 
 # stop_local: ends the stack without Docker and keeps its data.
 stop_local() {
   [[ -e $state ]] || return 0
   own_folder
-  { end_process "$state/web.pid" "$state/web" 15 && stop_redis && stop_postgres; } ||
-    die "something in $state did not stop"
+  { end_process "$state/web.pid" "$state/web" 15 && stop_redis && stop_postgres; } || die "not all of $state stopped"
   rm -f "$state/env"
 }
 
 # show_stack: which of its parts run. In the list of processes the status T is a paused one.
 show_stack() {
-  if is "$mode" docker; then
-    docker ps -a -f "$project_label" --format 'table {{.Names}}\t{{.Status}}\t{{.Ports}}'
+  if is "$mode" local; then
+    ps -o pid,stat,etime,args -p "$(grep -hsm 1 . "$state"/{postgres/data/postmaster,redis,web}.pid | paste -sd , -)" |
+      cut -c -100
   else
-    pids=$(grep -hsm 1 . "$state"/{postgres/data/postmaster,redis,web}.pid | paste -sd , -)
-    ps -o pid,stat,etime,args -p "$pids" | cut -c -100
+    docker ps -a -f "$project_label" --format 'table {{.Names}}\t{{.Status}}\t{{.Ports}}'
   fi | sed 's/^/  /'
 }
 
-# what_it_logged: the last lines of its input, without those of the health checks.
-what_it_logged() { grep -v path=/health | tail -n 20 | sed 's/^/    | /' || true; }
-
 # docker_agrees: Docker's own health checks, which lag by some seconds, find no container unhealthy or starting.
-docker_agrees() {
-  is "$mode" local || [[ ! $(docker ps -f "$project_label" --format '{{.Status}}') =~ unhealthy|starting ]]
-}
+docker_agrees() { [[ ! $(docker ps -f "$project_label" --format '{{.Status}}' 2>/dev/null) =~ unhealthy|starting ]]; }
 
-# not_healthy: ends the script, and shows which containers run and what those that are not healthy logged.
+# not_healthy: ends the script, and shows which containers run and what they logged.
 not_healthy() {
   show_stack
-  docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}' |
-    sed '/(healthy)/d; s/ .*//' | while read -r service; do
-    docker compose logs --tail 200 "$service" 2>&1 | what_it_logged
-  done
+  docker compose logs --tail 100 2>&1 | grep -v path=/health || true
   die 'the stack did not become healthy'
 }
 
@@ -491,14 +459,7 @@ redis_cli() { if is "$mode" local; then local_redis "$@"; else docker exec "$pro
 
 # control stop|start|pause|unpause postgres|redis: does it to one server, and shows the command that does it under Docker.
 # Without Docker, only Redis can be paused.
-control() {
-  if is "$mode" docker; then
-    run docker "$1" "$project-$2"
-  else
-    say "$1 $2"
-    "$1_$2"
-  fi
-}
+control() { if is "$mode" docker; then run docker "$1" "$project-$2"; else say "$1 $2" && "$1_$2"; fi; }
 
 # cache_in_use: Redis is connected, and the service trusts it, which comes a moment later. need_cache waits for that, and
 # ends the script if it does not come: then there is nothing to show.

@@ -16,34 +16,28 @@ if [[ -n ${PORT:-} ]]; then export WEB_PORT=${WEB_PORT:-$PORT}; fi
 DESAFIO3_VERSION=${DESAFIO3_VERSION:-$(git describe --tags --always --dirty 2>/dev/null || true)}
 export DESAFIO3_VERSION
 
-# need_port NAME PORT: ends the script if something listens on the port.
+# need_port NAME PORT: ends the script if something listens on the port. A running stack keeps its own ports.
+published=''
 need_port() {
-  ! port_taken "$2" || die "port $2 is already in use: stop what uses it, or choose another one with $1=..."
+  has "$published" ":$2->" || ! port_taken "$2" ||
+    die "port $2 is already in use: stop what uses it, or choose another one with $1=..."
 }
 
 # same_password: asks before the service does, which would only try again and again.
 same_password() {
-  sql 'SELECT 1' >/dev/null ||
-    die "PostgreSQL refuses this user, password or database: its data was made with other settings.
+  sql 'SELECT 1' >/dev/null || die "PostgreSQL refuses this user, password or database: its data was made with others.
   Start with those again, or remove the data with ./scripts/clean.sh and start anew."
 }
 
 start_docker() {
-  local setting target port published volume
-  title 'Start-up with Docker Compose'
+  title 'Startup with Docker Compose'
   if [[ -e $state ]]; then say "The data of the stack without Docker stays in $state."; fi
   own_stack
   quietly docker compose config || die 'Compose does not accept these settings'
   published=$(docker ps -f "$project_label" --format '{{.Ports}}')
-  for setting in WEB_PORT:8000 POSTGRES_PORT:5432 REDIS_PORT:6379; do
-    target=${setting#*:} setting=${setting%:*} port=${!setting:-$target}
-    has "$published" ":$port->$target/" || need_port "$setting" "$port" # a running stack keeps its ports
-  done
-  # Compose would create the volumes, too, but without this folder as their owner. Existing ones stay as they are.
-  for volume in postgres_data redis_data; do
-    docker volume create --label "${project_label#label=}" --label "com.docker.compose.volume=$volume" \
-      --label "$folder_label=$PWD" "${project}_$volume" >/dev/null
-  done
+  need_port WEB_PORT "${WEB_PORT:-8000}"
+  need_port POSTGRES_PORT "${POSTGRES_PORT:-5432}"
+  need_port REDIS_PORT "${REDIS_PORT:-6379}"
 
   # A container that was paused, and a service that has just lost its database, stay unhealthy until their next health
   # check. So wait a moment for it.
@@ -57,11 +51,9 @@ compose_up() { docker compose up --detach --wait --wait-timeout 90 "$@" || not_h
 
 start_local() {
   local wanted=${WEB_PORT:-8000}
-  title "Start-up without Docker, in $state"
+  title "Startup without Docker, in $state"
   need_servers || die "install what is missing${reason:+, or fix Docker as said above}, and start again"
-  have go || die 'Go is needed to build the service: https://go.dev/dl/'
-  [[ -e $marker || -z $(ls -A "$state" 2>/dev/null) ]] ||
-    die "$state holds other files: choose a new folder with DESAFIO3_STATE=..."
+  [[ -e $marker || -z $(ls -A "$state" 2>/dev/null) ]] || die "$state is not empty: set DESAFIO3_STATE to a new folder"
 
   # A stack that runs keeps its ports.
   POSTGRES_PORT='' REDIS_PORT=''
@@ -82,16 +74,14 @@ start_local() {
     REDIS_HOST=127.0.0.1 REDIS_PORT=${REDIS_PORT:-$(free_port)} REDIS_PASSWORD=${REDIS_PASSWORD:-}
   mkdir -p "$state" && touch "$marker"
   # The other scripts source this file. It holds passwords. "set" prints variables quoted as "source" needs them.
-  (umask 077 && set |
-    grep -aE '^(BIND_ADDRESS|WEB_PORT|POSTGRES_(PORT|DB|USER|PASSWORD)|REDIS_(PORT|PASSWORD))=' >"$state/env")
+  (umask 077 && set | grep -aE '^(BIND_ADDRESS|(WEB|POSTGRES|REDIS)_(PORT|DB|USER|PASSWORD))=' >"$state/env")
 
   start_postgres || die "PostgreSQL did not start: see $state/postgres.log"
   (same_password) || { stop_local; exit 1; }
   start_redis || die "Redis did not start: see $state/redis.log"
 
   say 'Building the service ...'
-  CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags="-s -w -X main.release=$DESAFIO3_VERSION" \
-    -o "$state/web.new" .
+  CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -X main.release=$DESAFIO3_VERSION" -o "$state/web.new" .
   # A service that was built from the same code is left alone.
   cmp -s "$state/web.new" "$state/web" || end_process "$state/web.pid" "$state/web" 15
   mv "$state/web.new" "$state/web"
@@ -100,7 +90,7 @@ start_local() {
     echo $! >"$state/web.pid"
   fi
   wait_for 60 healthy_or_gone && healthy && return
-  what_it_logged <"$state/web.log"
+  tail -n 20 "$state/web.log"
   die 'the service did not become healthy'
 }
 healthy() { "$state/web" health >/dev/null 2>&1; }
@@ -116,8 +106,7 @@ if [[ -n $reason ]]; then
   say "${reason/$'\n'/$'\n'  }"
   say 'Going on without containers, with a catalogue of its own. DESAFIO3_MODE=docker insists on containers.'
 elif is "$mode" local && [[ -z ${DESAFIO3_MODE:-} ]]; then
-  say 'This stack was started without Docker and goes on without it.'
-  say 'Back to Docker: ./scripts/stop.sh, then ./scripts/start.sh'
+  say 'This stack was started without Docker, and stays so. Back to Docker: ./scripts/stop.sh, then ./scripts/start.sh'
 fi
 "start_${mode:-docker}"
 
