@@ -83,16 +83,12 @@ claim 'web works again' wait_for 30 price_is 2.00
 claim 'web was not restarted after the crash' is "$(inspect web '{{.RestartCount}}')" 0
 
 title '6. Permissions of web'
-image=$(inspect redis '{{.Config.Image}}') # has cat
-kernel=$(docker run --rm --pid "container:$project-web" --entrypoint cat "$image" /proc/1/status)
+kernel=$(docker run --rm --pid "container:$project-web" --entrypoint cat "$(inspect redis '{{.Image}}')" /proc/1/status)
 grep -E '^(Uid|CapEff|NoNewPrivs):' <<<"$kernel" | sed 's/^/    /'
 claim 'web runs as user 65532, not as root' has "$kernel" $'Uid:\t65532\t65532'
 claim 'web has no capabilities' has "$kernel" $'CapEff:\t0000000000000000'
 claim 'web cannot gain privileges' has "$kernel" $'NoNewPrivs:\t1'
-refused() {
-  say "\$ $*"
-  ! answer=$("$@" 2>&1) && say "  ${answer##*$'\n'} (expected)"
-}
+refused() { say "\$ $*" && ! answer=$("$@" 2>&1) && say "  ${answer##*$'\n'} (expected)"; }
 claim 'web has no shell' refused docker exec "$project-web" sh
 claim 'web has a read-only file system' refused docker cp README.md "$project-web:/"
 claim 'web is limited to 256 MiB of memory' is "$(inspect web '{{.HostConfig.Memory}}')" $((256 << 20))

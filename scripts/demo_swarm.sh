@@ -124,25 +124,19 @@ is "$(swarm_state)" inactive || die 'this needs an engine that is in no swarm'
   die "when the engine leaves the swarm, these could not resolve each other's names any more: $(compose_containers)
   Stop their stacks first (./scripts/stop.sh), and start them afterwards (./scripts/start.sh)."
 
-bridge=$(docker network ls -q -f name=docker_gwbridge) # Swarm creates it, and leaves it behind
 tmp=$(mktemp -d)
 
-# clean_up tries again and again: an interrupted engine may still be at work for a moment. check.sh holds the lock while it
-# runs stacks of Compose.
+# clean_up tries again and again: an interrupted engine may still be at work for a moment.
 clean_up() {
-  trap : INT TERM # a signal ends the wait for the lock, but not the removal
   title 'Clean-up'
   rm -rf "$tmp"
-  lock_engine --exclusive || true
   wait_for 90 as_before >/dev/null 2>&1 || die 'something is left: see docker ps -a, docker volume ls, docker images'
-  [[ -z $(compose_containers) ]] ||
-    say "These started meanwhile and cannot resolve each other's names: docker restart $(compose_containers)"
 }
 as_before() {
   docker rm -f -v "$clients"
   docker stack rm "$stack"
   docker swarm leave --force
-  if [[ -z $bridge ]]; then docker network rm docker_gwbridge; fi
+  docker network rm docker_gwbridge # Swarm creates it, and leaves it behind
   docker volume rm "${stack}_swarm_postgres" "${stack}_swarm_redis"
   docker rmi "$stack-web:3" "$stack-web:2" "$stack-web"
   is "$(swarm_state) $(in_docker "$stack")" 'inactive '
@@ -162,9 +156,7 @@ deploy vip
 quietly docker run -d --name "$clients" --network "${stack}_default" --entrypoint tail \
   "$(sed -n 's/^ *image: \(postgres:.*\)/\1/p' docker-stack.yml)" -f /dev/null
 # shellcheck disable=SC2016 # for the bash over there
-if vip=$(in_clients 'connect >/dev/null && echo "$address"'); then
-  say 'The virtual address of "web" works: the clients use it.'
-else
+if ! vip=$(in_clients 'connect >/dev/null && echo "$address"'); then
   say 'Virtual addresses do not work: this kernel has no IPVS. With endpoint_mode dnsrr the clients choose a replica.'
   quietly docker service rm "$service"
   deploy dnsrr

@@ -354,11 +354,6 @@ swarm_state() { docker info -f '{{.Swarm.LocalNodeState}}'; }
 # in_docker NAME: the containers, volumes, networks and images whose names begin with it.
 in_docker() { { docker ps -a && docker volume ls && docker network ls && docker images; } | grep "$1[-_]" || true; }
 
-# lock_engine --shared|--exclusive: takes a lock until this shell ends. An engine that leaves a swarm forgets the names
-# of the running containers (https://github.com/moby/moby/issues/45144). So demo_swarm.sh takes the lock before it leaves
-# its swarm, and check.sh shares it while it runs stacks of Compose.
-lock_engine() { ! have flock || { exec 9<"$(command -v docker)" && flock "$1" 9; }; }
-
 # find_mode: sets $mode to "local" or "docker", whichever stack exists, or to nothing. DESAFIO3_MODE decides if it is
 # set. An engine on another machine ends the script: it has neither the ports nor the files of this one.
 find_mode() {
@@ -381,11 +376,9 @@ find_mode() {
 # folder on each container. A folder that no longer exists owns nothing.
 own_stack() {
   local folder
-  while read -r folder; do
-    [[ ! -e $folder || $folder -ef $PWD ]] ||
-      die "the stack $project belongs to $folder. Work there, or give this one a name
-  and ports of its own: COMPOSE_PROJECT_NAME=$project-2 WEB_PORT=8001 POSTGRES_PORT=5433 REDIS_PORT=6380 $0"
-  done < <(docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.project.working_dir"}}')
+  folder=$(docker ps -af "$project_label" --format '{{.Label "com.docker.compose.project.working_dir"}}' | head -n 1)
+  [[ ! -e $folder || $folder -ef $PWD ]] || die "the stack $project belongs to $folder. Work there, or give this one
+  a name and ports of its own: COMPOSE_PROJECT_NAME=$project-2 WEB_PORT=8001 POSTGRES_PORT=5433 REDIS_PORT=6380 $0"
 }
 
 not_running() { die 'the stack is not running: start it with ./scripts/start.sh'; }

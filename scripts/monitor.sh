@@ -8,25 +8,20 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 if [[ $# -gt 1 || ! ${1:-1} =~ ^[1-9][0-9]{0,8}$ ]]; then die 'usage: ./scripts/monitor.sh [SECONDS]'; fi
 attach
 
-# fetch PATH: leaves the answer in $body, or nothing if there is none. It takes 2 s while a server is unresponsive.
-fetch() { body=$(http -m 3 "$url$1" 2>/dev/null) || body=''; }
-
 # look: asks for everything that is shown. Without an answer the figures are dashes, and the counts stay as they were.
 # shellcheck disable=SC2034 # show finds web and postgres by their names
 look() {
   web='no answer' postgres='?' redis='?' figures='hit rate -  keys -  memory -  products -'
-  fetch /services
+  request GET /services >/dev/null
   if [[ $body =~ \"postgres\":\{\"status\":\"([a-z]*)\".*\"redis\":\{\"status\":\"([a-z]*)\" ]]; then
     web=running postgres=${BASH_REMATCH[1]} redis=${BASH_REMATCH[2]}
   fi
-  fetch /stats
+  request GET /stats >/dev/null
   if has "$body" '"hits"'; then
     now=("$(field hits)" "$(field misses)" "$(field bypasses)")
     figures=$(awk -v rate="$(field hit_rate)" 'BEGIN { printf "hit rate %d%%", 100 * rate }')
     figures+="  keys $(field keys | sed s/null/-/)  memory $(field memory_used)  products $(field products)"
     if is "$redis" connected && has "$body" '"trusted":false'; then redis='connected, not yet in use'; fi
-  elif [[ -n $body ]]; then
-    web=$(field detail) # what the service says when PostgreSQL is unavailable
   fi
 }
 

@@ -19,8 +19,7 @@ export DESAFIO3_VERSION
 # need_port NAME PORT: ends the script if something listens on the port. A running stack keeps its own ports.
 published=''
 need_port() {
-  has "$published" ":$2->" || ! port_taken "$2" ||
-    die "port $2 is already in use: stop what uses it, or choose another one with $1=..."
+  has "$published" ":$2->" || ! port_taken "$2" || die "port $2 is already in use: stop what uses it, or change $1"
 }
 
 # same_password: asks before the service does, which would only try again and again.

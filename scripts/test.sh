@@ -26,7 +26,7 @@ expect 'filtered page has one product of the category' '200 *"count":1,*"test"' 
 
 title '3. Update'
 expect 'update changes only the fields sent' \
-  '200 *"name":"Produto Atualizado","description":"Descrição do produto","price":149.99,"stock":50,' \
+  '200 *"Produto Atualizado","description":"Descrição do produto","price":149.99,"stock":50,' \
   PUT "/products/$id" '{"name":"Produto Atualizado","price":149.99,"stock":50}'
 expect 'read after the update returns the new price' '200 redis; fwd=miss *"price":149.99,' GET "/products/$id"
 
