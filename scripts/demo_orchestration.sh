@@ -5,8 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-reason=$(why_not_docker)
-[[ -z $reason ]] || die "$reason"
+[[ -z $(why_not_docker) ]] || die "$(why_not_docker)"
 WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
 mode=docker project+=-lesson project_label+=-lesson
 export COMPOSE_PROJECT_NAME=$project DESAFIO3_MODE=$mode BIND_ADDRESS=127.0.0.1 WEB_PORT POSTGRES_PORT REDIS_PORT

@@ -117,8 +117,7 @@ update() {
 update_is() { is "$(docker service inspect -f '{{.UpdateStatus.State}}' "$service")" "$1"; }
 images() { docker service ps -f desired-state=running --format '{{.Image}}' "$service" | sort -u; }
 
-reason=$(why_not_docker)
-[[ -z $reason ]] || die "$reason"
+[[ -z $(why_not_docker) ]] || die "$(why_not_docker)"
 is "$(swarm_state)" inactive || die 'this needs an engine that is in no swarm'
 [[ -z $(compose_containers) ]] ||
   die "when the engine leaves the swarm, these could not resolve each other's names any more: $(compose_containers)

@@ -1,14 +1,13 @@
 # shellcheck shell=bash
-# What the scripts share. A script that sources this file is in the project's folder, and finds here:
-# words for the terminal, requests and claims for the demonstrations, PostgreSQL and Redis as plain
-# processes, and one way to reach the stack whether it runs under Docker or straight on the machine.
-# Sourcing it starts nothing.
+# What the scripts share: words for the terminal, requests and claims for the demonstrations, PostgreSQL and Redis as
+# plain processes, and one way to reach the stack with Docker or without. Sourcing it changes to the project's folder
+# and starts nothing.
 
 # ---------------------------------------------------------------- the environment and the file .env
 
-# Nothing in a stranger's environment may change what our tools do: no option of Bash, no function that replaces a
-# command, no setting of psql, redis-cli, ps, grep, git, go or Compose, no language with decimal commas. Proxies stay,
-# because docker, go and apt may need one to download. The function "http" below ignores them.
+# Nothing in the user's environment may change what our tools do: no option of Bash, no function that replaces a
+# command, no setting of psql, redis-cli, ps, grep, git, go or Compose, no locale with decimal commas. Proxies stay,
+# because docker, go and apt may need one to download. The function http below ignores them.
 set +o posix +o noclobber +o noglob && shopt -u failglob nullglob nocasematch
 # shellcheck disable=SC2046,SC2086 # lists of names
 unset -f $(compgen -A function) &&
@@ -21,12 +20,12 @@ export LC_ALL=C GOWORK=off
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 # read_env: exports our settings from its input, as Compose reads them from the file .env. The environment wins. A value
-# is text, and nothing in it is executed. Outside single quotes, $NAME, ${NAME} and ${NAME:-default} stand for another
-# setting, and $$ for a dollar. Compose reads a value of several lines, too; this function does not.
+# is text: nothing in it is executed. Outside single quotes, $NAME, ${NAME} and ${NAME:-default} stand for another
+# setting, and $$ for a dollar. Unlike Compose, it does not read values of several lines.
 ours='^(COMPOSE_PROJECT_NAME|(DESAFIO3|POSTGRES|REDIS)_.*|(WEB_)?PORT|BIND_ADDRESS|CACHE_TTL|DRAIN_SECONDS|LOG_LEVEL)$'
 read_env() {
   local line name value known entry other text assignment reference
-  # The three bytes are the mark with which some editors on Windows begin a file.
+  # The three bytes are the byte order mark that some editors on Windows write.
   assignment=$'^(\xef\xbb\xbf)?[ \t]*(export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*[=:][ \t]*(.*)$'
   reference='^([^$]*)[$]([$]|([A-Za-z_][A-Za-z0-9_]*)|[{]([A-Za-z_][A-Za-z0-9_]*)(:?-([^}]*))?[}])(.*)$'
   while IFS= read -r line || [[ -n $line ]]; do
@@ -53,18 +52,17 @@ read_env() {
 # COMPOSE_DISABLE_ENV_FILE is Compose's own variable.
 if [[ -e .env && ! ${COMPOSE_DISABLE_ENV_FILE:-} =~ ^(1|[Tt]) ]]; then read_env <.env; fi
 
-# COMPOSE_PROJECT_NAME and DESAFIO3_STATE give a second stack names and a folder of its own.
+# COMPOSE_PROJECT_NAME and DESAFIO3_STATE give a second stack its own names and folder.
 project=${COMPOSE_PROJECT_NAME:-desafio3}
 state=${DESAFIO3_STATE:-$PWD/.local} # data, logs and pids of the stack without Docker
 marker=$state/made-by-desafio3 # clean.sh removes no folder without this file
 
-# An interrupt ends the script, also where the program that it meets (docker, for one) takes it and ends as if
-# nothing had happened. So does a request to end (SIGTERM). The command that runs may finish first.
+# Ctrl-C ends the script, even if the running program (such as docker) catches it and exits normally. So does SIGTERM,
+# when the running command has finished.
 end_on_signals() { trap 'exit 130' INT && trap 'exit 143' TERM; }
 end_on_signals
 
-# at_exit COMMAND: runs it when the script ends, for whatever reason. It is run to its end: another signal does not stop
-# it, nor does a part of it that fails.
+# at_exit COMMAND: runs it when the script ends, for any reason. Neither another signal nor a failing part stops it.
 # shellcheck disable=SC2064 # the argument as it is now
 at_exit() { trap "trap '' INT TERM; { $1; } || true" EXIT; }
 
@@ -80,7 +78,7 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 [[ ${DESAFIO3_MODE:-local} =~ ^(local|docker)$ ]] || die "DESAFIO3_MODE must be local or docker, not \"$DESAFIO3_MODE\""
 
-# wait_for SECONDS COMMAND...: tries the command until it succeeds or the time is over.
+# wait_for SECONDS COMMAND...: tries the command until it succeeds. It fails when the time is over.
 wait_for() {
   local deadline=$((SECONDS + $1))
   until "${@:2}"; do
@@ -89,25 +87,25 @@ wait_for() {
   done
 }
 
-# since START: how long ago that was, where START is an earlier value of SECONDS. Bash counts whole seconds.
+# since START: the time since then, where START is an earlier value of SECONDS. Bash counts whole seconds.
 since() { echo "after less than $((SECONDS - $1 + 1)) s"; }
 
-# quietly COMMAND...: shows what it prints only when it fails, and leaves that in $answer. run COMMAND...: shows the
-# command, too.
+# quietly COMMAND...: runs it, leaves its output in $answer, and shows it only if it fails. run COMMAND...: also shows
+# the command.
 quietly() { answer=$("$@" 2>&1) || { printf '%s\nthis failed: %s\n' "$answer" "$*" >&2 && return 1; }; }
 run() { say "\$$(printf ' %q' "$@")" && quietly "$@"; }
 
 # ---------------------------------------------------------------- requests and claims
 
-# http ARGUMENT...: curl, without a .curlrc and without a proxy between it and this machine.
+# http ARGUMENT...: curl, without a .curlrc and without a proxy.
 http() { curl -q --noproxy '*' -sS -m 20 "$@"; }
 
-# request METHOD PATH [JSON]: sends it to the service and prints a line about the answer, and the whole of one that
-# is no success. It leaves them in $status, $body, $cache (the header Cache-Status) and $micros (the microseconds).
-# The line has no time if $show_times is empty.
+# request METHOD PATH [JSON]: sends a request to the service and prints a line about the answer, with the body if it is
+# an error. It leaves the answer in $status, $body, $cache (the header Cache-Status) and $micros (microseconds). The
+# line shows no time if $show_times is empty.
 request() {
   local answer head line
-  # curl writes the status and the time in a line of their own after the answer, also when there is none or half of one.
+  # curl adds a line with the status and the time, even if there was no answer or only a part of it.
   answer=$(http -i -X "$1" ${3:+-H 'Content-Type: application/json' --data-binary "$3"} \
     -w '\n%{http_code} %{time_starttransfer}' "$url$2" 2>&1) || answer=${answer%$'\n'*}$'\n000 20.000000'
   answer=${answer//$'\r'/}
@@ -123,7 +121,7 @@ request() {
   if ! like '2*' "$status"; then say "       $body"; fi
 }
 
-# field NAME: the first value under that name in the last answer, a text without its quotes and backslashes.
+# field NAME: the first value with that name in the last answer. A string comes without its quotes and backslashes.
 field() {
   [[ $body =~ \"$1\":\ *(\"(([^\"\\]|\\.)*)\"|[^],}\"]*) ]] || return 0
   local value=${BASH_REMATCH[2]:-${BASH_REMATCH[1]#\"\"}}
@@ -134,7 +132,7 @@ is() { [[ $1 == "$2" ]]; }
 has() { [[ $1 == *"$2"* ]]; }
 not() { ! "$@"; }
 
-# claim WHAT COMMAND...: checks what a demonstration says. After the last claim comes verdict.
+# claim WHAT COMMAND...: runs a check, prints whether it succeeded, and counts it. verdict prints the counts at the end.
 passed=0 failed=0
 claim() {
   if "${@:2}"; then
@@ -148,7 +146,7 @@ claim() {
 }
 
 # expect WHAT ANSWER METHOD PATH [JSON]: sends a request, and claims how status, Cache-Status and body of its answer
-# begin: "200" or "200 redis; hit" or, as "*" stands for anything, '200 *"price":2.00'.
+# begin: "200" or "200 redis; hit" or, with "*" for anything, '200 *"price":2.00'.
 expect() {
   local expected=$2
   request "${@:3}"
@@ -157,14 +155,15 @@ expect() {
 # shellcheck disable=SC2053 # a pattern
 like() { [[ $2 == $1 ]]; }
 
-# hit: reads the product $id and succeeds when Redis had it. cached PRICE: Redis soon has it, with this price.
+# hit: reads the product $id, and succeeds if the answer came from Redis. cached PRICE: the same within 2 s, with this
+# price.
 hit() { request GET "/products/$id" && is "$cache" 'redis; hit'; }
 cached() { wait_for 2 hit && is "$(field price)" "$1"; }
 
-# price_is PRICE: the service answers with this price for the product $id.
+# price_is PRICE: the service returns this price for the product $id.
 price_is() { request GET "/products/$id" >/dev/null && is "$status $(field price)" "200 $1"; }
 
-# ask WHAT ANSWER sql|redis_cli WORDS...: asks PostgreSQL or Redis directly, and claims the answer.
+# ask WHAT ANSWER sql|redis_cli WORDS...: queries PostgreSQL or Redis directly, and claims the answer.
 ask() {
   local answer
   answer=$("${@:3}") || true
@@ -176,16 +175,16 @@ verdict() { printf '\n%d passed, %d failed\n' "$passed" "$failed" && ((failed ==
 
 # ---------------------------------------------------------------- what must be installed
 
-# Debian keeps PostgreSQL's servers and PgBouncer off the PATH, and Homebrew its versions of PostgreSQL. A folder that does
-# not exist does no harm.
+# Debian keeps PostgreSQL's servers and PgBouncer off the PATH, and so does Homebrew with versions of PostgreSQL. A
+# missing folder does no harm.
 find_servers() { PATH+=$(printf :%s /usr/sbin /usr/lib/postgresql/*/bin {/opt/homebrew,/usr/local}/opt/postgres*/bin); }
 find_servers
 
 redis_server() { command -v redis-server || command -v valkey-server; }
 
-# need PROGRAM[=PACKAGE]...: makes sure that each program is installed, or says what to install and fails. The argument
-# "gcc clang=gcc libc6-dev" asks for one of two programs, or else for two packages. Only root on a system with apt can
-# install them without being asked anything, so only there this function does.
+# need PROGRAM[=PACKAGE]...: makes sure that each program is installed, or prints what to install and fails. The
+# argument "gcc clang=gcc libc6-dev" asks for either of two programs, or else for two packages. It installs packages
+# only as root on a system with apt, where no question is asked.
 need() {
   local wanted missing=''
   for wanted; do
@@ -201,8 +200,8 @@ need() {
   apt_install "$missing" && find_servers
 }
 
-# apt_install PACKAGES: installs them, but none of their servers starts, now or when the machine boots, and PostgreSQL
-# creates no cluster. Servers that were installed before stay as they are.
+# apt_install PACKAGES: installs them. None of their servers starts, now or at boot, and PostgreSQL creates no cluster.
+# Servers that were installed before stay as they are.
 apt_install() (
   exec 9</usr/bin/apt-get && flock 9 || exit 1 # one at a time: apt's own lock fails instead of waiting
   policy=/usr/sbin/policy-rc.d clusters=/etc/postgresql-common/createcluster.d/desafio3.conf ours=$clusters
@@ -216,8 +215,8 @@ apt_install() (
   for server in $1; do systemctl disable "$server" >/dev/null 2>&1 || true; done # a package's unit has its name
 )
 
-# need_servers [PROGRAM[=PACKAGE]...]: makes sure of Go, of PostgreSQL, of a Redis that is new enough, of the few programs
-# that these scripts use, and of those given.
+# need_servers [PROGRAM[=PACKAGE]...]: makes sure of Go, PostgreSQL, a Redis that is new enough, the few programs that
+# these scripts use, and those given.
 need_servers() {
   have go || { echo 'Go is needed: https://go.dev/dl/' >&2; return 1; }
   need curl ps=procps postgres=postgresql 'redis-server valkey-server=redis-server' "$@" || return 1
@@ -228,7 +227,7 @@ need_servers() {
 
 port_taken() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# free_port: a port that nobody listens on, from below the range that outgoing connections use.
+# free_port: a free port below the range that the kernel uses for outgoing connections.
 free_port() {
   local port=$((20000 + RANDOM % 12000))
   if port_taken "$port"; then free_port; else echo "$port"; fi
@@ -236,11 +235,11 @@ free_port() {
 
 # ---------------------------------------------------------------- PostgreSQL and Redis as plain processes
 
-# PostgreSQL refuses to run as root. The change of folder is for a user that may not enter this one.
+# PostgreSQL refuses to run as root. Its user may not be allowed into the current folder, so it runs in another one.
 as_postgres() { if ((EUID == 0)); then (cd / && exec runuser -u postgres -- "$@"); else "$@"; fi; }
 
-# start_postgres: starts PostgreSQL on port POSTGRES_PORT of 127.0.0.1 with its data and its log in $state, unless it runs
-# already, and returns when it answers. The first time it creates a cluster and a database for POSTGRES_USER,
+# start_postgres: starts PostgreSQL on port POSTGRES_PORT of 127.0.0.1, unless it already runs, and returns when it
+# answers. Its data and log are in $state. The first start creates a cluster and a database for POSTGRES_USER,
 # POSTGRES_PASSWORD and POSTGRES_DB.
 start_postgres() {
   local status home=$state/postgres
@@ -249,16 +248,16 @@ start_postgres() {
     ln -s "$(mktemp -d /var/lib/desafio3-postgres.XXXXXX)" "$home" || return 1
   fi
   mkdir -p "$home" && home=$(cd -P "$home" && pwd) && chown "$(as_postgres id -u)" "$home" || return 1
-  # The status alone proves nothing: after a crash of the machine, another process may have the pid in the pid file.
+  # After a crash of the machine, another process may have the pid that the status shows. So the port is checked, too.
   status=$(as_postgres pg_ctl -D "$home/data" status 2>&1) || true
   if has "$status" "port=$POSTGRES_PORT" && port_taken "$POSTGRES_PORT"; then return 0; fi
-  # A server whose data was removed notices within a minute, and ends.
+  # A server whose data was removed notices that within a minute, and exits.
   ! port_taken "$POSTGRES_PORT" || say "Waiting for port $POSTGRES_PORT ..."
   wait_for 90 not port_taken "$POSTGRES_PORT" || true
   {
     if [[ ! -e $home/data ]]; then
       # Created under another name, so that a cluster called "data" is always complete. initdb reads the password from a
-      # file, which here is a pipe that its own user opens.
+      # file, which here is a pipe opened by its own user.
       rm -rf "$home/new"
       # shellcheck disable=SC2016 # the inner shell's words
       as_postgres bash -c 'initdb --pwfile=<(cat) "$@"' initdb -D "$home/new" -U "$POSTGRES_USER" \
@@ -271,14 +270,14 @@ start_postgres() {
   } >>"$state/postgres.log" 2>&1 || { tail -n 20 "$state/postgres.log" >&2; return 1; }
 }
 
-# stop_postgres: returns when the server has ended.
+# stop_postgres: returns when the server has stopped.
 stop_postgres() {
   local data
   data=$(cd -P "$state/postgres/data" 2>/dev/null && pwd) || return 0 # it was never started
   { as_postgres pg_ctl -D "$data" -m fast -t 180 stop || ! as_postgres pg_ctl -D "$data" status; } >/dev/null 2>&1
 }
 
-# start_redis: the same for Redis, with REDIS_PORT, REDIS_PASSWORD and the settings of docker-compose.yml.
+# start_redis: does the same for Redis, with REDIS_PORT, REDIS_PASSWORD and the settings of docker-compose.yml.
 start_redis() {
   if alive "$state/redis.pid" "-server 127.0.0.1:$REDIS_PORT"; then return 0; fi
   mkdir -p "$state/redis"
@@ -291,7 +290,7 @@ stop_redis() { end_process "$state/redis.pid" '-server 127.0.0.1:' 30; }
 pause_redis() { kill -STOP "$(<"$state/redis.pid")"; }
 unpause_redis() { kill -CONT "$(<"$state/redis.pid")"; }
 
-# local_redis COMMAND...: what redis-cli prints for it.
+# local_redis COMMAND...: sends it with redis-cli to the Redis that start_redis started.
 local_redis() {
   ${REDIS_PASSWORD:+env} ${REDIS_PASSWORD:+"REDISCLI_AUTH=$REDIS_PASSWORD"} \
     "$(redis_server | sed 's/server$/cli/')" -h 127.0.0.1 -p "$REDIS_PORT" "$@"
@@ -319,8 +318,8 @@ remote_engine() {
   [[ -n $engine && ! $engine =~ $here ]] && echo "$engine"
 }
 
-# why_not_docker: prints a line on what is wrong with Docker and one on how to fix it, or nothing if nothing is wrong.
-# Compose has --wait-timeout since 2.17.
+# why_not_docker: prints what is wrong with Docker and how to fix it, a line each, or nothing if Docker works. Compose
+# 2.17 was the first to have --wait-timeout.
 why_not_docker() {
   local said
   if ! have docker; then
@@ -347,7 +346,8 @@ why() { printf '%s\nTo fix it: %s\n' "$@"; }
 # project_label: filters Docker's lists down to this project's.
 project_label="label=com.docker.compose.project=$project"
 
-# compose_containers: the names of those that run in any stack of Compose, in a line. swarm_state: active or inactive.
+# compose_containers: the names of the running containers of all Compose stacks, in one line. swarm_state: active or
+# inactive.
 compose_containers() { docker ps -f label=com.docker.compose.project --format '{{.Names}}' | paste -s -d ' ' -; }
 swarm_state() { docker info -f '{{.Swarm.LocalNodeState}}'; }
 
@@ -355,7 +355,7 @@ swarm_state() { docker info -f '{{.Swarm.LocalNodeState}}'; }
 in_docker() { { docker ps -a && docker volume ls && docker network ls && docker images; } | grep "$1[-_]" || true; }
 
 # find_mode: sets $mode to "local" or "docker", whichever stack exists, or to nothing. DESAFIO3_MODE decides if it is
-# set. An engine on another machine ends the script: it has neither the ports nor the files of this one.
+# set. If the engine is on another machine, the script ends: that engine has neither our ports nor our files.
 find_mode() {
   local containers=''
   mode=${DESAFIO3_MODE:-}
@@ -383,7 +383,7 @@ own_stack() {
 
 not_running() { die 'the stack is not running: start it with ./scripts/start.sh'; }
 
-# attach: finds the running stack, and sets $mode and $url for the functions below and for request.
+# attach: finds the running stack, and sets $mode and $url.
 attach() {
   find_mode
   if is "$mode" local; then
@@ -396,15 +396,15 @@ attach() {
     own_stack
     url=$(docker port "$project-web" 8000 2>/dev/null | head -n 1) || not_running
   fi
-  # "::1:8000" is an address and a port, in which a URL needs brackets. Every address includes this machine's own.
+  # An IPv6 address such as ::1 needs brackets in a URL. 0.0.0.0 and [::] include this machine's own address.
   if [[ $url == *:*:* && $url != \[* ]]; then url="[${url%:*}]:${url##*:}"; fi
   url=${url/#0.0.0.0/127.0.0.1} url=http://${url/#\[::]/[::1]}
 }
 
-# own_folder: ends the script if start.sh did not create the folder for the data.
+# own_folder: ends the script if start.sh did not create the folder with the data.
 own_folder() { [[ -e $marker ]] || die "start.sh did not make $state: it has no file ${marker##*/}, and stays"; }
 
-# stop_local: ends the stack without Docker and keeps its data.
+# stop_local: stops the stack without Docker and keeps its data.
 stop_local() {
   [[ -e $state ]] || return 0
   own_folder
@@ -412,7 +412,7 @@ stop_local() {
   rm -f "$state/env"
 }
 
-# show_stack: which of its parts run. In the list of processes the status T is a paused one.
+# show_stack: shows what runs. STAT T means that a process is paused.
 show_stack() {
   if is "$mode" local; then
     ps -o pid,stat,etime,args -p "$(grep -hsm 1 . "$state"/{postgres/data/postmaster,redis,web}.pid | paste -sd , -)" |
@@ -422,18 +422,19 @@ show_stack() {
   fi | sed 's/^/  /'
 }
 
-# docker_agrees: Docker's own health checks, which lag by some seconds, find no container unhealthy or starting.
+# docker_agrees: no container is unhealthy or starting, according to Docker's own health checks, which lag by some
+# seconds.
 docker_agrees() { [[ ! $(docker ps -f "$project_label" --format '{{.Status}}' 2>/dev/null) =~ unhealthy|starting ]]; }
 
-# not_healthy: ends the script, and shows which containers run and what they logged.
+# not_healthy: shows the containers and their logs, and ends the script.
 not_healthy() {
   show_stack
   docker compose logs --tail 100 2>&1 | grep -v path=/health || true
   die 'the stack did not become healthy'
 }
 
-# postgres_client psql|pg_dump ARGUMENT...: runs it on the stack's database. It shows PostgreSQL the password, as the
-# service does: in the container, too, it connects to the network's address, since a local connection needs no password.
+# postgres_client psql|pg_dump ARGUMENT...: runs it on the stack's database. In the container it connects to the
+# network's address, because a local connection would need no password.
 postgres_client() {
   if is "$mode" local; then
     PGPASSWORD=$POSTGRES_PASSWORD "$1" -h 127.0.0.1 -p "$POSTGRES_PORT" -U "$POSTGRES_USER" -d "$POSTGRES_DB" "${@:2}"
@@ -444,23 +445,23 @@ postgres_client() {
   fi
 }
 
-# sql QUERY: what psql prints for it, bare.
+# sql QUERY: prints the bare result.
 sql() { postgres_client psql -XqtAc "$1" </dev/null; }
 
-# redis_cli COMMAND...: what redis-cli prints for it.
+# redis_cli COMMAND...: prints the answer of the stack's Redis.
 redis_cli() { if is "$mode" local; then local_redis "$@"; else docker exec "$project-redis" redis-cli "$@"; fi; }
 
-# control stop|start|pause|unpause postgres|redis: does it to one server, and shows the command that does it under Docker.
+# control stop|start|pause|unpause postgres|redis: does it to one server, and under Docker shows the command for it.
 # Without Docker, only Redis can be paused.
 control() { if is "$mode" docker; then run docker "$1" "$project-$2"; else say "$1 $2" && "$1_$2"; fi; }
 
-# cache_in_use: Redis is connected, and the service trusts it, which comes a moment later. need_cache waits for that, and
-# ends the script if it does not come: then there is nothing to show.
+# cache_in_use: the service trusts the cache, which it does a moment after it has connected to Redis. need_cache waits
+# for that, and ends the script if it does not happen.
 cache_in_use() { request GET /stats >/dev/null && has "$body" '"trusted":true'; }
 need_cache() { wait_for 20 cache_in_use || die 'the service does not use its cache: ./scripts/logs.sh web says why'; }
 
-# create_product WHAT JSON: claims that a product is created, and leaves its number in $id. Without one the script ends.
-# An interrupt in between, which would leave a product that nobody knows, is ignored.
+# create_product WHAT JSON: claims that a product is created, and leaves its id in $id. If that fails, the script ends.
+# Ctrl-C is ignored meanwhile, or a product with an unknown id could be left behind.
 id=''
 create_product() {
   trap '' INT TERM
@@ -470,7 +471,6 @@ create_product() {
   [[ -n $id ]] || die 'without a product there is nothing to show'
 }
 
-# delete_product: for at_exit. It deletes the product, if there is one that the script has not deleted itself, as soon
-# as the service can.
+# delete_product: for at_exit. It deletes the product, unless the script already has, as soon as the service can.
 delete_product() { [[ -z $id ]] || wait_for 60 deleted || say "the product $id is left"; }
 deleted() { request DELETE "/products/$id" >/dev/null && like '[24]04' "$status"; }

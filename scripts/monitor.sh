@@ -28,8 +28,7 @@ look() {
 # show: prints what look has found, with $between before each item. The counts are those of the last second; a restarted
 # service counts from 0. On a terminal they have bars, with a block per request if the line is long enough.
 show() {
-  local name colour bar new i=0 width=0 colours=("$green" "$red" "$bold")
-  if [[ -t 1 ]]; then width=$(($(tput cols 2>/dev/null || echo 80) - 24)); fi
+  local name colour bar new i=0 colours=("$green" "$red" "$bold")
   printf '%s%s%s %s%s' "$first" "$bold" "$project" "$(date +%T)" "$plain"
   for name in web postgres redis; do
     if [[ ${!name} =~ ^(running|connected)$ ]]; then colour=$green; else colour=$red; fi
@@ -45,8 +44,8 @@ show() {
 }
 
 # A terminal gets a picture, drawn anew each second.
-first='' between='  '
-if [[ -t 1 ]]; then first=$'\e[H\e[2J\e[3J' between=$'\n  '; fi
+first='' between='  ' width=0
+if [[ -t 1 ]]; then first=$'\e[H\e[2J\e[3J' between=$'\n  ' width=$(($(tput cols 2>/dev/null || echo 80) - 24)); fi
 
 trap 'exit 0' INT TERM HUP
 now=(0 0 0)
