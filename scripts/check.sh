@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks everything: format, vet, the shell scripts, the documents, the tests, and the whole stack end to end in a fresh
-# copy, with the commands of the documents: without Docker and, if an engine has the images, with it. It installs what
-# is missing if it may, stops what it started, and leaves no file behind. It does not touch a running stack of yours, and
+# copy, with the commands of the documents: without Docker, and with it if an engine has the images. It installs what is
+# missing if it may, stops what it started, and leaves no file behind. It does not touch a running stack of yours, and
 # several checks may run at the same time. To run one test only: go test -run TestFillWhileWriting .
 set -euo pipefail
 
@@ -39,8 +39,8 @@ formatted() { is "$(gofmt -d . | tee /dev/stderr)" '' && go vet ./...; }
 # The documents in the order in which their blocks run.
 documents=(README.md docs/{compose,cache,reference,scale,exercises}.md)
 
-# blocks LANGUAGE FILE [PATTERN]: prints the blocks of FILE that are marked with this language, except those that match the
-# pattern.
+# blocks LANGUAGE FILE [PATTERN]: prints the blocks of FILE that are marked with this language, except those that match
+# the pattern.
 blocks() {
   awk -v marker="^ *\`\`\`$1\$" -v without="${3:-^\$}" '
     /^ *```/ { if (text !~ without) printf "%s", text; text = ""; inside = $0 ~ marker; next }
@@ -75,8 +75,8 @@ links_have_targets() {
     }' "$@"
 }
 
-# follow_documents MODE: runs the blocks that are marked sh, with the ports and names of this check. Each document gets a
-# shell of its own. Without Docker it leaves out the blocks that need it.
+# follow_documents MODE: runs the blocks that are marked sh, with the ports and names of this check. Each document gets
+# its own shell. Without Docker it leaves out the blocks that need it.
 follow_documents() {
   local document adapt="s/(localhost|127\.0\.0\.1):8000/127.0.0.1:$WEB_PORT/g; s/desafio3([-_])/$project\1/g"
   local omit='^$'
@@ -138,6 +138,6 @@ else
   step 'end to end, with Docker' end_to_end docker
   step 'demo_orchestration.sh' ./scripts/demo_orchestration.sh
 fi
-[[ -z $broken ]] || die "${broken}did not hold"
+[[ -z $broken ]] || die "failed: ${broken%; }"
 [[ -n $reason || -z $(in_docker "$project") ]] || die "Docker still has $(in_docker "$project")"
 printf '\n%sEverything holds.%s\n' "$green" "$plain"

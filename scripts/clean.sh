@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Removes the stack with its data, with Docker and without: containers, volumes, networks and image, and the folder of the
-# stack without Docker. It says what it removes.
+# Removes the stack with its data, with Docker and without: containers, volumes, networks and images, and the folder of
+# the stack without Docker. It prints what it removes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -21,8 +21,8 @@ if has_folder; then
 fi
 if has_engine; then
   title "Removal of the stack $project from Docker"
-  # Given only the project's name, Compose removes all that has its label, and not only what docker-compose.yml names now,
-  # which may have been edited. It keeps the images: those that newer builds have replaced have the label, but no name.
+  # Given only the project's name, Compose removes everything with its label, even if docker-compose.yml was edited
+  # meanwhile. It keeps images without a name, which newer builds have replaced, so these are removed by label, too.
   docker compose -p "$project" down --volumes --remove-orphans --timeout 0
   docker images -q -f "$project_label" | sort -u | while read -r image; do docker image rm "$image"; done
 fi

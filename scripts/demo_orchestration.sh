@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Demonstration of what Compose and the engine do for three services: startup order, names, volumes, health, restarts, and
-# the permissions that web does not have. It works on a stack of its own, on free ports, and removes it in the end. It does
-# not touch your stack. It needs Docker.
+# Demonstration of what Compose and the engine do for three services: startup order, names, volumes, health, restarts,
+# and the permissions that web lacks. It works on its own stack, on free ports, and removes it in the end. It does not
+# touch your stack. It needs Docker.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -10,13 +10,14 @@ WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
 mode=docker project+=-lesson project_label+=-lesson
 export COMPOSE_PROJECT_NAME=$project DESAFIO3_MODE=$mode BIND_ADDRESS=127.0.0.1 WEB_PORT POSTGRES_PORT REDIS_PORT
 
-# "docker events" writes down when a container starts, dies, or changes its health.
+# The journal records when a container starts, dies, or changes its health.
 journal=$(mktemp) told=0
 docker events -f "$project_label" -f event=start -f event=die -f event=health_status \
   --format '{{.TimeNano}} {{.Actor.Attributes.name}} {{.Action}}' >"$journal" &
 at_exit "kill $!; ./scripts/clean.sh >/dev/null 2>&1; rm -f '$journal'"
 
-# position SERVICE EVENT: its line among the events that tell has not shown yet. tell shows those, with their seconds.
+# position SERVICE EVENT: its line among the events that tell has not shown yet. tell shows those with their time in
+# seconds.
 position() { tail -n "+$((told + 1))" "$journal" | grep -nF "$project-$1 $2" | cut -d : -f 1; }
 happened() { [[ -n $(position "$@") ]]; }
 tell() {
@@ -61,7 +62,7 @@ expect 'product is gone with its volume' 404 GET "/products/$id"
 title '4. Health checks'
 tell >/dev/null # these events are known
 run docker stop "$project-postgres"
-say 'The check asks every 3 s. Web is unhealthy after three failures in a row ...'
+say 'The health check runs every 3 s. Web is unhealthy after three failures in a row ...'
 claim 'web turns unhealthy' wait_for 60 happened web 'health_status: unhealthy'
 show_stack
 claim 'PostgreSQL stays stopped after docker stop' is "$(inspect postgres '{{.State.Status}}')" exited

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Demonstration of how a cache comes to serve a stale price, and why this one does not. First comes textbook cache-aside,
-# played by hand on a key of its own. After two accidents Redis returns the old price for five minutes. Then the same two
-# accidents happen to this service, desafio3. The script works on its own product, and deletes it in the end.
+# Demonstration of how a cache comes to serve a stale price, and why this one does not. First comes textbook
+# cache-aside, played by hand on a key of its own. After two accidents Redis returns the old price for five minutes.
+# Then the same two accidents happen to this service, desafio3. The script works on its own product, and deletes it in
+# the end.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
 
 holder="demo_stale $$" # the session that locks the product's row for a moment
-# Also after an interrupt, no row is locked, no key and no mark is left, and the product is deleted.
+# Even after Ctrl-C, no row is locked, no key and no mark is left, and the product is deleted.
 restore() {
   release
   wait # for a session that was only about to lock the row: it ends automatically
@@ -23,7 +24,7 @@ at_exit restore
 
 reader=0 writer=34 # where the columns begin
 
-# part SYSTEM TITLE LINE...: begins one of the four parts, with what there is to know before.
+# part SYSTEM TITLE LINE...: begins one of the four parts, with an introduction.
 part() {
   steps=0
   title "$2"
@@ -76,7 +77,8 @@ keys() {
   claim "$1" has "$answer; $mark; $key." "$2"
 }
 
-# fill_by_hand BODY: as the script in cache.go does it: only under the reader's own lease and while no writer is at work.
+# fill_by_hand BODY: fills as the script in cache.go does: only with the reader's own lease and while no writer is at
+# work.
 fill_by_hand() {
   answer=$(redis_cli EVAL "if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 1 then
     return 'refused' end return redis.call('SET', KEYS[1], ARGV[2], 'EX', 300)" \
@@ -127,7 +129,7 @@ step $writer "->  $answer"
 keys 'answered writer has removed its mark' '200  4.00; ; .'
 fill_by_hand 3.00
 claim 'fill with the old price is refused' is "$answer" refused
-say 'Once more, while nobody writes. The service is another reader, finds a lease and fills nothing:'
+say 'Once more, without a writer. The service, another reader, finds the lease and fills nothing:'
 at $reader redis_cli SET "products:$id" lease:hand NX GET EX 60
 at $reader api GET "/products/$id"
 claim 'read returns the new price from PostgreSQL' is "$answer" '200 redis; fwd=miss 4.00'

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Demonstration of docker-stack.yml: three replicas of the service on Docker Swarm, and clients that send requests
-# all the time. A replica is killed, a new version is rolled out, a bad one is rolled back automatically, the number of
-# replicas changes, and no request fails. It takes one to two minutes.
-# It makes a swarm of this machine, leaves it in the end, and removes everything it made. An engine that leaves a swarm
-# forgets the names of the running containers, so stop your stacks of Compose before.
+# Demonstration of docker-stack.yml: three replicas of the service on Docker Swarm, and clients that send requests all
+# the time. A replica is killed, a new version is rolled out, a bad one is rolled back automatically, the number of
+# replicas changes, and no request fails. It takes one to two minutes. The script makes a swarm of this machine, leaves
+# it in the end, and removes everything it made. An engine that leaves a swarm forgets the names of the running
+# containers, so stop your stacks of Compose before.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -17,8 +17,8 @@ export COMPOSE_PROJECT_NAME=$stack POSTGRES_SECRET=${stack}_password DRAIN_SECON
 # (declare -f). The image is PostgreSQL's, because it is here and has bash, which can open connections itself.
 
 # connect: connects to one of the addresses that the DNS has for "web", in random order: those of the replicas, or one
-# virtual address. If one refuses, it prints that and tries the next, as a load balancer does. A virtual address leads to
-# another replica each time, so it gets three tries.
+# virtual address. If one refuses, it prints that and tries the next, as a load balancer does. A virtual address leads
+# to another replica each time, so it gets three tries.
 connect() {
   all=$(getent ahostsv4 web | sed -n 's/ *STREAM.*//p' | shuf)
   for address in $all $all $all; do
@@ -29,23 +29,23 @@ connect() {
   return 1
 }
 
-# exchange METHOD PATH [JSON]: sends a request and reads the answer into $head and $body. It fails, and leaves
-# $head empty, when there is no whole answer.
+# exchange METHOD PATH [JSON]: sends a request and reads the answer into $head and $body. If the answer is incomplete,
+# it fails and leaves $head empty.
 exchange() {
   local line received='' json=${3:+$3$'\n'}
   head='' body=''
   printf -v line '%s %s HTTP/1.1\r\nHost: web\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s' \
     "$1" "$2" "${#json}" "$json"
-  # printf would write line by line. This sends one packet.
+  # Bash would send a packet for each line, but an echo of text that ends with a newline sends only one.
   echo -n "$line" >&3 || return
   while read -r -t 20 line <&3 && [[ $line != $'\r' ]]; do received+=$line$'\n'; done
   [[ $received =~ Content-Length:\ ([0-9]+) ]] && read -r -t 20 -N "${BASH_REMATCH[1]}" body <&3 && head=$received
 }
 
-# client N: creates a product and sends requests for it until its container ends, with one write in ten, and prints a line
-# for each. A connection carries N requests, or fewer if the service closes it. No other client writes the product, so
-# every answer must show the last write, whichever replica it comes from. After a failed request comes another one of its
-# kind.
+# client N: creates a product and sends requests for it until its container ends, with one write in ten, and prints a
+# line for each. A connection carries N requests, or fewer if the service closes it. No other client writes the product,
+# so every answer must show the last write, whichever replica it comes from. A failed request is followed by another one
+# of its kind.
 client() {
   local product sent=0 stock=0 request
   trap '' PIPE # so that writing to a closed connection is an error, and does not end this shell
@@ -64,11 +64,11 @@ client() {
   done
 }
 
-# in_clients CODE: runs the code there.
+# in_clients CODE: runs the code in that container.
 in_clients() { docker exec "$clients" timeout 600 bash -c "LC_ALL=C; $(declare -f connect exchange client); $1"; }
 
-# no_request_failed [ADDRESS]: looks at what the clients printed since the last call. ADDRESS is that of a killed replica,
-# whose requests in flight are counted apart.
+# no_request_failed [ADDRESS]: checks what the clients have printed since the last call. ADDRESS is that of a killed
+# replica, whose requests in flight are counted apart.
 seen=0 total=0
 no_request_failed() {
   local sent refused lost in_flight="^cut [A-Z]* ${1:-none}$"
@@ -81,33 +81,33 @@ no_request_failed() {
 }
 count() { grep -c "$@" "$tmp/part" || true; }
 
-# enough: the clients have printed enough to look at, however slow the machine is. The last line may be incomplete, so it
+# enough: the clients have printed enough to check, however slow the machine is. The last line may be incomplete, so it
 # is left for the next call.
 enough() { tail -n "+$((seen + 1))" "$tmp/requests" | sed '$d' >"$tmp/part" && (($(count '^ok') > 100)); }
 
 # ---------------------------------------------------------------- the stack
 
-# replicas: the healthy ones. web_is N: this many are healthy, and Swarm wants and has as many.
+# replicas: the healthy ones. web_is N: N replicas are healthy, and Swarm wants and has N.
 replicas() { docker ps -q -f "label=com.docker.swarm.service.name=$service" -f health=healthy | sort; }
 web_is() { is "$(replicas | wc -l) $(docker service ls -f "name=$service" --format '{{.Replicas}}')" "$1 $1/$1"; }
 
-# tasks COLUMN...: the containers that Swarm has started for the service, the ended ones included.
+# tasks COLUMN...: shows the containers that Swarm has started for the service, including those that have ended.
 tasks() { docker service ps --format "table {{.Name}}$(printf '\\t{{.%s}}' "$@")" "$service" | sed 's/^/  /'; }
 
 # version N LINE: an image like the one that was built, with another line in its Dockerfile.
 version() { quietly docker build -q -t "$stack-web:$1" - <<<"FROM $stack-web"$'\n'"$2"; }
 
-# deploy vip|dnsrr: each replica gets a free port of this machine, too, so that "request" can choose one.
+# deploy vip|dnsrr: each replica also gets a free port of this machine, so that request can choose one.
 deploy() {
   WEB_IMAGE=$stack-web WEB_ENDPOINT_MODE=$1 WEB_PORT=0 WEB_PORT_MODE=host \
     quietly docker stack deploy --resolve-image never -c docker-stack.yml "$stack"
   claim 'three replicas are healthy' wait_for 120 web_is 3
 }
-# choose REPLICA: "request" uses this one from now on.
+# choose REPLICA: request uses this one from now on.
 choose() { say "replica $1" && url=http://127.0.0.1:$(docker port "$1" 8000 | sed -n '1s/.*://p'); }
 
-# update VERSION STATE OPTION...: rolls the version out, and waits until Swarm reports this state. The options make Swarm
-# less patient than docker-stack.yml does, to keep the demonstration short.
+# update VERSION STATE OPTION...: rolls the version out, and waits until Swarm reports this state. The options make
+# Swarm less patient than docker-stack.yml does, to keep the demonstration short.
 update() {
   run docker service update --detach --no-resolve-image --image "$stack-web:$1" "${@:3}" "$service"
   claim "update ends as $2" wait_for 240 update_is "$2"
@@ -120,7 +120,7 @@ images() { docker service ps -f desired-state=running --format '{{.Image}}' "$se
 [[ -z $(why_not_docker) ]] || die "$(why_not_docker)"
 is "$(swarm_state)" inactive || die 'this needs an engine that is in no swarm'
 [[ -z $(compose_containers) ]] ||
-  die "when the engine leaves the swarm, these could not resolve each other's names any more: $(compose_containers)
+  die "when the engine leaves the swarm, these containers can no longer find each other: $(compose_containers)
   Stop their stacks first (./scripts/stop.sh), and start them afterwards (./scripts/start.sh)."
 
 tmp=$(mktemp -d)

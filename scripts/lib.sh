@@ -368,7 +368,7 @@ find_mode() {
   fi
   mode=${mode:-${containers:+docker}}
   if is "$mode" local && has "$containers" running; then
-    say 'Two stacks run. This is about the one without Docker: DESAFIO3_MODE=docker chooses the other one.' >&2
+    say 'Two stacks are running. This uses the one without Docker. DESAFIO3_MODE=docker selects the other one.' >&2
   fi
 }
 
@@ -402,13 +402,13 @@ attach() {
 }
 
 # own_folder: ends the script if start.sh did not create the folder with the data.
-own_folder() { [[ -e $marker ]] || die "start.sh did not make $state: it has no file ${marker##*/}, and stays"; }
+own_folder() { [[ -e $marker ]] || die "$state is left alone: without ${marker##*/} it is not from start.sh"; }
 
 # stop_local: stops the stack without Docker and keeps its data.
 stop_local() {
   [[ -e $state ]] || return 0
   own_folder
-  { end_process "$state/web.pid" "$state/web" 15 && stop_redis && stop_postgres; } || die "not all of $state stopped"
+  { end_process "$state/web.pid" "$state/web" 15 && stop_redis && stop_postgres; } || die "part of $state still runs"
   rm -f "$state/env"
 }
 
@@ -472,5 +472,5 @@ create_product() {
 }
 
 # delete_product: for at_exit. It deletes the product, unless the script already has, as soon as the service can.
-delete_product() { [[ -z $id ]] || wait_for 60 deleted || say "the product $id is left"; }
+delete_product() { [[ -z $id ]] || wait_for 60 deleted || say "product $id could not be deleted"; }
 deleted() { request DELETE "/products/$id" >/dev/null && like '[24]04' "$status"; }

@@ -26,7 +26,7 @@ look() {
 }
 
 # show: prints what look has found, with $between before each item. The counts are those of the last second; a restarted
-# service counts from 0. On a terminal they have bars, with a block per request if the line is long enough.
+# service counts from 0. On a terminal they have bars, with a block per request, as many as fit.
 show() {
   local name colour bar new i=0 colours=("$green" "$red" "$bold")
   printf '%s%s%s %s%s' "$first" "$bold" "$project" "$(date +%T)" "$plain"

@@ -3,16 +3,15 @@
 #
 #   ./scripts/start.sh
 #   WEB_PORT=9000 ./scripts/start.sh              # another port for the service
-#   DESAFIO3_MODE=local ./scripts/start.sh        # without Docker, even where there is one ("docker": with it)
+#   DESAFIO3_MODE=local ./scripts/start.sh        # without Docker, even if Docker works ("docker" insists on it)
 #
-# With Docker where an engine with Compose answers and the images can be had; otherwise the same three
-# processes run straight on the machine, with their data, logs and ports in .local. .env.example has the
-# other variables.
+# It uses Docker if an engine with Compose answers and the images can be had. Otherwise the same three processes run
+# directly on the machine, with their data, logs and ports in .local. .env.example lists the other variables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 if [[ -n ${PORT:-} ]]; then export WEB_PORT=${WEB_PORT:-$PORT}; fi
-# The service's version comes from git, which is not where the image is built. Compose and go build take it from here.
+# The service's version comes from git, which the image's build cannot use. Compose and go build take it from here.
 DESAFIO3_VERSION=${DESAFIO3_VERSION:-$(git describe --tags --always --dirty 2>/dev/null || true)}
 export DESAFIO3_VERSION
 
@@ -22,10 +21,10 @@ need_port() {
   has "$published" ":$2->" || ! port_taken "$2" || die "port $2 is already in use: stop what uses it, or change $1"
 }
 
-# same_password: asks before the service does, which would only try again and again.
+# same_password: checks the password before the service does, which would only retry forever.
 same_password() {
-  sql 'SELECT 1' >/dev/null || die "PostgreSQL refuses this user, password or database: its data was made with others.
-  Start with those again, or remove the data with ./scripts/clean.sh and start anew."
+  sql 'SELECT 1' >/dev/null || die "PostgreSQL refuses this user, password or database.
+  Its data was created with different ones: use those again, or remove the data with ./scripts/clean.sh."
 }
 
 start_docker() {
@@ -51,15 +50,15 @@ compose_up() { docker compose up --detach --wait --wait-timeout 90 "$@" || not_h
 start_local() {
   local wanted=${WEB_PORT:-8000}
   title "Startup without Docker, in $state"
-  need_servers || die "install what is missing${reason:+, or fix Docker as said above}, and start again"
+  need_servers || die "install what is missing${reason:+, or fix Docker as described above}, and start again"
   [[ -e $marker || -z $(ls -A "$state" 2>/dev/null) ]] || die "$state is not empty: set DESAFIO3_STATE to a new folder"
 
-  # A stack that runs keeps its ports.
+  # A running stack keeps its ports.
   POSTGRES_PORT='' REDIS_PORT=''
   # shellcheck source=/dev/null
   if [[ -e $state/env ]]; then source "$state/env"; fi
   if alive "$state/web.pid" "$state/web"; then
-    say 'The service runs already: other settings apply after ./scripts/stop.sh.'
+    say 'The service is already running. New settings take effect after ./scripts/stop.sh.'
   else
     WEB_PORT=$wanted
     need_port WEB_PORT "$WEB_PORT"
@@ -72,7 +71,7 @@ start_local() {
     POSTGRES_PASSWORD=${POSTGRES_PASSWORD:-postgres123} \
     REDIS_HOST=127.0.0.1 REDIS_PORT=${REDIS_PORT:-$(free_port)} REDIS_PASSWORD=${REDIS_PASSWORD:-}
   mkdir -p "$state" && touch "$marker"
-  # The other scripts source this file. It holds passwords. "set" prints variables quoted as "source" needs them.
+  # The other scripts source this file. It holds passwords. The output of set is quoted as source needs it.
   (umask 077 && set | grep -aE '^(BIND_ADDRESS|(WEB|POSTGRES|REDIS)_(PORT|DB|USER|PASSWORD))=' >"$state/env")
 
   start_postgres || die "PostgreSQL did not start: see $state/postgres.log"
@@ -81,7 +80,7 @@ start_local() {
 
   say 'Building the service ...'
   CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -X main.release=$DESAFIO3_VERSION" -o "$state/web.new" .
-  # A service that was built from the same code is left alone.
+  # A service built from the same code keeps running.
   cmp -s "$state/web.new" "$state/web" || end_process "$state/web.pid" "$state/web" 15
   mv "$state/web.new" "$state/web"
   if ! alive "$state/web.pid" "$state/web"; then
@@ -93,7 +92,7 @@ start_local() {
   die 'the service did not become healthy'
 }
 healthy() { "$state/web" health >/dev/null 2>&1; }
-# By its pid only: for a moment, the command line of its process is still this script's.
+# By its pid only: for a moment, the command line of the new process is still that of this script.
 healthy_or_gone() { healthy || ! kill -0 "$(<"$state/web.pid")" 2>/dev/null; }
 
 find_mode
@@ -105,7 +104,7 @@ if [[ -n $reason ]]; then
   say "${reason/$'\n'/$'\n'  }"
   say 'Going on without containers, with a catalogue of its own. DESAFIO3_MODE=docker insists on containers.'
 elif is "$mode" local && [[ -z ${DESAFIO3_MODE:-} ]]; then
-  say 'This stack was started without Docker, and stays so. Back to Docker: ./scripts/stop.sh, then ./scripts/start.sh'
+  say 'This stack runs without Docker, as before. To return to Docker: ./scripts/stop.sh, then ./scripts/start.sh'
 fi
 "start_${mode:-docker}"
 

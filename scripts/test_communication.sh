@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Shows that the services reach each other: it looks up in PostgreSQL and in Redis what the service has written. It works
-# on its own product, and deletes it in the end.
+# Shows that the services reach each other: it looks up in PostgreSQL and in Redis what the service has written. It
+# works on its own product, and deletes it in the end.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
