@@ -45,7 +45,7 @@ show() {
 
 # A terminal gets a picture, drawn anew each second.
 first='' between='  ' width=0
-if [[ -t 1 ]]; then first=$'\e[H\e[2J\e[3J' between=$'\n  ' width=$(($(tput cols 2>/dev/null || echo 80) - 24)); fi
+if [[ -t 1 ]]; then first=$'\e[H\e[2J' between=$'\n  ' width=$(($(tput cols 2>/dev/null || echo 80) - 24)); fi
 
 trap 'exit 0' INT TERM HUP
 now=(0 0 0)
