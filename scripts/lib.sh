@@ -155,8 +155,7 @@ expect() {
 # shellcheck disable=SC2053 # a pattern
 like() { [[ $2 == $1 ]]; }
 
-# hit: reads the product $id, and succeeds if the answer came from Redis. cached PRICE: the same within 2 s, with this
-# price.
+# hit: reads the product $id, and succeeds if the answer came from Redis. cached PRICE: soon it does, with this price.
 hit() { request GET "/products/$id" && is "$cache" 'redis; hit'; }
 cached() { wait_for 10 hit && is "$(field price)" "$1"; }
 
