@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Measures how fast the service is, beside a bare handler that writes the same bytes from memory: bench_test.go does
-# the work and explains it. It touches nothing that runs already, and leaves nothing behind. It takes 6 to 15 minutes.
+# Measures how fast the service is, beside a bare handler that writes the same bytes from memory. bench_test.go does the
+# work and explains it. It touches no running stack, and leaves nothing behind. It takes 6 to 15 minutes.
 #
-#   ./scripts/bench.sh                           the whole
+#   ./scripts/bench.sh                           everything
 #   ROUNDS=1 GROWTH= ./scripts/bench.sh          one round instead of three, and no large catalogues
 #   SECONDS_EACH=2 CLIENTS=64 ./scripts/bench.sh longer measurements, and only with 64 connections
 #   BASE=/tmp/web-before ./scripts/bench.sh      another build of the service beside it, in the same rounds
@@ -12,9 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 is "$(uname)" Linux || die 'this needs Linux: it reads processor time and memory from /proc'
-have go || die 'Go is needed: https://go.dev/dl/'
-need_servers
-PATH+=:/usr/sbin need pgbouncer
+need_servers pgbouncer
 title "$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(go version | cut -d ' ' -f 3)"
 
 exec go test -run '^$' -bench "${BENCH:-.}" -benchtime "${ROUNDS:-3}x" -timeout 2h .

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Demonstration of failures. Without PostgreSQL the service says so, and recovers with it. Without Redis, or with one that
-# does not respond, the service goes on. It works on a product of its own, which it deletes in the end.
+# Demonstration of failures. Without PostgreSQL the service reports it, and recovers with it. Without Redis, or with one
+# that does not respond, the service continues. The script works on its own product, and deletes it in the end.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
 
-# Also when the script is interrupted, everything runs again and the product is gone. What runs is left alone, but may
-# be about to stop. So this is tried again until the service is healthy.
+# Even after Ctrl-C, everything runs again and the product is deleted. A server may be about to stop when this starts
+# it, so this repeats until the service is healthy.
 all_runs() {
   control start postgres
   control start redis
@@ -15,7 +15,7 @@ all_runs() {
 } >/dev/null 2>&1
 at_exit 'wait_for 60 all_runs && delete_product'
 
-# recovers: waits until the service is healthy, and says how long that took. Docker's own checks notice it later.
+# recovers: waits until the service is healthy, and prints how long that took. Docker's own checks notice it later.
 recovers() {
   local stopped=$SECONDS
   wait_for 60 healthy || return 1
@@ -25,12 +25,12 @@ recovers() {
   show_stack
 }
 healthy() { request GET /health >/dev/null && is "$status $(field status)" '200 healthy'; }
-# turn: a control, and what runs after it.
+# turn ACTION SERVER: does it with control, and shows what runs afterwards.
 turn() { control "$@" && show_stack; }
 
 title '1. All services'
 show_stack
-if is "$mode" docker; then say 'Docker checks the health every few seconds: its STATUS lags behind.'; fi
+if is "$mode" docker; then say 'Docker checks health only every few seconds, so its STATUS lags.'; fi
 claim 'cache is in use' wait_for 20 cache_in_use
 expect 'service is healthy' '200 *"status":"healthy"' GET /health
 create_product 'creation returns 201' '{"name":"Produto da demonstração","price":1.00,"category":"demo"}'

@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
-# Demonstration of what Compose and the engine do for three services: start-up order, names, volumes, health, restarts,
-# and the permissions that one of them does not have. It works on a stack of its own, on free ports, and removes it in
-# the end. Your stack is left alone. It needs Docker.
+# Demonstration of what Compose and the engine do for three services: startup order, names, volumes, health, restarts,
+# and the permissions that web lacks. It works on its own stack, on free ports, and removes it in the end. It does not
+# touch your stack. It needs Docker.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-reason=$(why_not_docker)
-[[ -z $reason ]] || die "$reason"
+[[ -z $(why_not_docker) ]] || die "$(why_not_docker)"
 WEB_PORT=$(free_port) POSTGRES_PORT=$(free_port) REDIS_PORT=$(free_port)
 mode=docker project+=-lesson project_label+=-lesson
 export COMPOSE_PROJECT_NAME=$project DESAFIO3_MODE=$mode BIND_ADDRESS=127.0.0.1 WEB_PORT POSTGRES_PORT REDIS_PORT
 
-# The engine says when a container starts, ends, or changes its health. "docker events" writes it down meanwhile.
+# The journal records when a container starts, dies, or changes its health.
 journal=$(mktemp) told=0
-start_job docker events --filter "label=com.docker.compose.project=$project" --filter event=start --filter event=die \
-  --filter event=health_status --format '{{.TimeNano}} {{.Actor.Attributes.name}} {{.Action}}' >"$journal"
-# Also when the script is interrupted: nothing of this stack is left.
-at_exit "end_jobs; ./scripts/clean.sh >/dev/null 2>&1; rm -f '$journal'"
+docker events -f "$project_label" -f event=start -f event=die -f event=health_status \
+  --format '{{.TimeNano}} {{.Actor.Attributes.name}} {{.Action}}' >"$journal" &
+at_exit "kill $!; ./scripts/clean.sh >/dev/null 2>&1; rm -f '$journal'"
 
-# position SERVICE EVENT: its line among the events that were not told yet. tell shows those, with their seconds.
+# position SERVICE EVENT: its line among the events that tell has not shown yet. tell shows those with their time in
+# seconds.
 position() { tail -n "+$((told + 1))" "$journal" | grep -nF "$project-$1 $2" | cut -d : -f 1; }
 happened() { [[ -n $(position "$@") ]]; }
 tell() {
@@ -27,18 +26,17 @@ tell() {
   told=$(wc -l <"$journal")
 }
 
-# up: starts it, and waits until all are healthy. If one of them is not, the states and the logs say why.
-up() { run docker compose up --detach --wait --wait-timeout 90 "$@" || { show_unhealthy && exit 1; }; }
+up() { run docker compose up --detach --wait --wait-timeout 90 "$@" || not_healthy; }
 inspect() { docker inspect -f "$2" "$project-$1"; }
 
-title '1. Start-up order (the image is built first)'
+title '1. Startup order (the image is built first)'
 up --build
 attach
 claim 'engine has reported web as healthy' wait_for 10 happened web 'health_status: healthy'
-started=$(position web start) postgres=$(position postgres 'health_status: healthy') redis=$(position redis 'health_status: healthy')
+web_started_after() { (($(position web start) > $(position "$1" 'health_status: healthy'))); }
+claim 'web started after PostgreSQL was healthy (depends_on, service_healthy)' web_started_after postgres
+claim 'web started after Redis was healthy' web_started_after redis
 tell
-claim 'web started after PostgreSQL was healthy (depends_on, service_healthy)' test "$started" -gt "$postgres"
-claim 'web started after Redis was healthy' test "$started" -gt "$redis"
 
 title '2. Names and addresses'
 say "\$ docker network inspect $project-network"
@@ -62,9 +60,9 @@ up
 expect 'product is gone with its volume' 404 GET "/products/$id"
 
 title '4. Health checks'
-tell >/dev/null # what came before is no news
+tell >/dev/null # these events are known
 run docker stop "$project-postgres"
-say 'The check asks every 3 s. Web is unhealthy after three failures in a row ...'
+say 'The health check runs every 3 s. Web is unhealthy after three failures in a row ...'
 claim 'web turns unhealthy' wait_for 60 happened web 'health_status: unhealthy'
 show_stack
 claim 'PostgreSQL stays stopped after docker stop' is "$(inspect postgres '{{.State.Status}}')" exited
@@ -85,15 +83,12 @@ claim 'web works again' wait_for 30 price_is 2.00
 claim 'web was not restarted after the crash' is "$(inspect web '{{.RestartCount}}')" 0
 
 title '6. Permissions of web'
-kernel=$(docker run --rm --pid "container:$project-web" --entrypoint cat "$(inspect redis '{{.Config.Image}}')" /proc/1/status)
+kernel=$(docker run --rm --pid "container:$project-web" --entrypoint cat "$(inspect redis '{{.Image}}')" /proc/1/status)
 grep -E '^(Uid|CapEff|NoNewPrivs):' <<<"$kernel" | sed 's/^/    /'
 claim 'web runs as user 65532, not as root' has "$kernel" $'Uid:\t65532\t65532'
 claim 'web has no capabilities' has "$kernel" $'CapEff:\t0000000000000000'
 claim 'web cannot gain privileges' has "$kernel" $'NoNewPrivs:\t1'
-refused() {
-  say "\$ $*"
-  ! answer=$("$@" 2>&1) && say "  ${answer##*$'\n'} (expected)"
-}
+refused() { say "\$ $*" && ! answer=$("$@" 2>&1) && say "  ${answer##*$'\n'} (expected)"; }
 claim 'web has no shell' refused docker exec "$project-web" sh
 claim 'web has a read-only file system' refused docker cp README.md "$project-web:/"
 claim 'web is limited to 256 MiB of memory' is "$(inspect web '{{.HostConfig.Memory}}')" $((256 << 20))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Demonstration of what people do to a database in an ordinary year: they restore a dump, import rows with ids, and lose
-# idle connections. Each time the service soon reads what PostgreSQL holds, and can create products. It takes seconds.
-# It works on products of its own, which it deletes in the end. The other products stay as they are, also those that
-# somebody changes meanwhile.
+# idle connections. Each time the service soon returns what PostgreSQL holds, and creates products. It takes seconds. It
+# works on its own products, and deletes them in the end. All other products stay as they are, even if another client
+# changes them meanwhile.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
@@ -10,13 +10,13 @@ attach
 dump=$(mktemp) category="demo_restore $$"
 at_exit "rm -f '$dump'; delete_ours"
 delete_ours() { sql "DELETE FROM products WHERE category = '$category'"; }
-# others: a checksum of everybody else's products.
+# others: a checksum of all other products.
 others() { sql "SELECT md5(string_agg(p::text, '' ORDER BY id)) FROM products p WHERE category <> '$category'"; }
 
-# restore: restores the dump, which replaces the whole table. A dump is older than the table, so the other products are
-# put back as they were a moment ago, and so is the last id. It is one transaction, and the table is locked from the
-# beginning: nothing is lost, whatever interrupts it. It speaks under the service's own name, so that the trigger, which
-# the dump makes after the data, does not tell the service about these rows either.
+# restore: restores the dump, which replaces the whole table. The dump is older than the table, so the other products
+# are put back as they were a moment ago, and so is the last id. All this is one transaction that locks the table at its
+# beginning, so an interrupt loses nothing. It runs under the service's application name, so the trigger, which the dump
+# creates after the data, does not report these rows.
 restore() {
   {
     echo "SET application_name = 'desafio3'; BEGIN; LOCK TABLE products; SELECT last_value FROM products_id_seq \\gset"
@@ -46,7 +46,7 @@ claim 'restored price is cached' cached 1.00
 
 title '2. Rows imported with their own ids'
 imported=$(sql "INSERT INTO products (id, name, price, category)
-  SELECT max(id) + i, 'Importado ' || i, 5.00, '$category' FROM products, generate_series(1, 3) i GROUP BY i ORDER BY i RETURNING id")
+  SELECT (SELECT max(id) FROM products) + i, 'Importado '||i, 5, '$category' FROM generate_series(1, 3) i RETURNING id")
 say "psql has imported products with the ids ${imported//$'\n'/, }"
 expect 'imported product returns 200' '200 *"name":"Importado 1"' GET "/products/${imported%%$'\n'*}"
 expect 'creation returns 201, although the next id is taken' 201 \

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Demonstration of how a cache comes to serve a stale price, and why this one does not. First comes textbook cache-aside,
-# played by hand on a key of its own: after two accidents Redis returns the old price for five minutes. Then the same two
-# accidents happen to this service, desafio3. It works on a product of its own, which it deletes in the end.
+# Demonstration of how a cache comes to serve a stale price, and why this one does not. First comes textbook
+# cache-aside, played by hand on a key of its own. After two accidents Redis returns the old price for five minutes.
+# Then the same two accidents happen to this service, desafio3. The script works on its own product, and deletes it in
+# the end.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
 
 holder="demo_stale $$" # the session that locks the product's row for a moment
-# Also when the script is interrupted, no row is locked, no key and no mark of ours is left, and the product is gone.
+# Even after Ctrl-C, no row is locked, no key and no mark is left, and the product is deleted.
 restore() {
   release
   wait # for a session that was only about to lock the row: it ends automatically
@@ -15,7 +16,7 @@ restore() {
   redis_cli DEL "textbook:$id" "writers:products:$id"
   redis_cli ZREM writers:products:all hand
 } >/dev/null 2>&1
-release() { sql "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '$holder'" >/dev/null; }
+release() { sql "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '$holder'"; }
 row_is_locked() { is "$(sql "SELECT wait_event FROM pg_stat_activity WHERE application_name = '$holder'")" PgSleep; }
 at_exit restore
 
@@ -23,7 +24,7 @@ at_exit restore
 
 reader=0 writer=34 # where the columns begin
 
-# part SYSTEM TITLE LINE...: begins one of the four, with what there is to know before.
+# part SYSTEM TITLE LINE...: begins one of the four parts, with an introduction.
 part() {
   steps=0
   title "$2"
@@ -31,14 +32,14 @@ part() {
   printf '\n      %s%-*s%s%s\n' "$bold" "$writer" "$1: reader" "$1: writer" "$plain"
 }
 
-# step COLUMN TEXT: one more line of it. The pause is for a class to read it; nothing else depends on it.
+# step COLUMN TEXT: prints the next line of the timeline. The pause is for a class to read it.
 step() {
   steps=$((steps + 1))
   printf '  %2d  %*s%s\n' "$steps" "$1" '' "$2"
   if [[ -t 1 ]]; then sleep 1.5; fi
 }
 
-# at COLUMN redis_cli|sql|api WORDS...: does it, shows it with the answer, and leaves that in $answer.
+# at COLUMN redis_cli|sql|api WORDS...: runs it, shows it with the answer, and leaves that in $answer.
 at() {
   answer=$("${@:2}")
   if is "$2" sql; then answer=${answer:-done}; fi
@@ -46,7 +47,7 @@ at() {
 }
 api() { request "$@" >/dev/null && echo "$status $cache $(field price)"; }
 
-# outcome WHERE PRICE: what the accident has left: the price that clients get from WHERE, beside the one in PostgreSQL.
+# outcome WHERE PRICE: compares the price that clients get from WHERE after the accident with the one in PostgreSQL.
 prices=()
 outcome() {
   local current
@@ -57,20 +58,32 @@ outcome() {
 }
 number_stale() { printf '%s\n' "$@" | grep -c stale || true; }
 
-# look: what Redis has under the service's own keys, at the same moment: the mark of a writer at work, or nothing; and a
-# body, a reader's lease or nothing.
-look() {
-  IFS='|' read -r mark key < <(redis_cli EVAL "return (redis.call('ZRANGE', KEYS[1], 0, -1)[1] or '') .. '|' ..
-    (redis.call('GET', KEYS[2]) or '')" 2 "writers:products:$id" "products:$id")
+# textbook_is_stale PRICE: claims that Redis still returns this old price, and will for minutes.
+textbook_is_stale() {
+  outcome Redis "$(redis_cli GET "textbook:$id")"
+  claim 'Redis returns the old price' is "$price" "$1 (stale)"
+  ask 'old price stays cached for minutes' '[23][0-9][0-9]' redis_cli TTL "textbook:$id"
 }
+
+# look: reads the mark of a writer at work, and what the product's key holds: a body, a reader's lease, or nothing.
+look() { mark=$(redis_cli ZRANGE "writers:products:$id" 0 -1) key=$(redis_cli GET "products:$id"); }
 is_marked() { look && [[ -n $mark ]]; }
 
-# keys WHAT ANSWER [before]: shows what Redis has there now, or had at the last look before. It claims that the last
-# step's answer and these two are as given: "answer; mark; key."
+# keys WHAT STATE [before]: shows what Redis holds now, or held at the last look before. It claims that the last step's
+# answer, the mark and the key are as in STATE: "answer; mark; key."
 keys() {
   [[ -n ${3:-} ]] || look
   say "    | mark: ${mark:-none}   key: $(printf '%.64s' "${key:-none}")"
   claim "$1" has "$answer; $mark; $key." "$2"
+}
+
+# fill_by_hand BODY: fills as the script in cache.go does: only with the reader's own lease and while no writer is at
+# work.
+fill_by_hand() {
+  answer=$(redis_cli EVAL "if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 1 then
+    return 'refused' end return redis.call('SET', KEYS[1], ARGV[2], 'EX', 300)" \
+    2 "products:$id" "writers:products:$id" lease:hand "$1")
+  step $reader "fill products:$id  ->  $answer"
 }
 
 # ---------------------------------------------------------------- the demonstration
@@ -80,32 +93,22 @@ need_cache
 create_product 'creation returns 201' '{"name":"Café","price":1.00,"category":"demo"}'
 
 part textbook '1. Textbook cache-aside: a slow reader' \
-  'A reader takes the price from Redis, or reads PostgreSQL and caches it. A writer changes PostgreSQL, then deletes the key.'
+  'A reader takes the price from Redis, or reads PostgreSQL and fills the key.' \
+  'A writer changes PostgreSQL, then deletes the key.'
 at $reader redis_cli GET "textbook:$id"
 at $reader sql "SELECT price FROM products WHERE id = $id"
-price=$answer
 at $writer sql "UPDATE products SET price = 2.00 WHERE id = $id"
 at $writer redis_cli DEL "textbook:$id"
-at $reader redis_cli SET "textbook:$id" "$price" EX 300
-outcome Redis "$(redis_cli GET "textbook:$id")"
-claim 'Redis returns the old price' is "$price" '1.00 (stale)'
-ask 'old price stays cached for minutes' '[23][0-9][0-9]' redis_cli TTL "textbook:$id"
+at $reader redis_cli SET "textbook:$id" 1.00 EX 300
+textbook_is_stale 1.00
 
-part textbook '2. Textbook cache-aside: a writer that dies between COMMIT and DEL' 'A reader has filled the key, as above.'
+part textbook '2. Textbook cache-aside: a writer that dies between COMMIT and DEL' 'A reader has filled the key.'
 at $reader redis_cli SET "textbook:$id" 2.00 EX 300
 at $writer sql "UPDATE products SET price = 3.00 WHERE id = $id"
 step $writer '(dies)'
 at $reader redis_cli GET "textbook:$id"
-outcome Redis "$answer"
-claim 'Redis returns the old price' is "$price" '2.00 (stale)'
-ask 'old price stays cached for minutes' '[23][0-9][0-9]' redis_cli TTL "textbook:$id"
+textbook_is_stale 2.00
 
-fill_by_hand() { # as the script in cache.go: under the reader's own lease, and while no writer is at work
-  answer=$(redis_cli EVAL "if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 1 then
-    return 'refused' end return redis.call('SET', KEYS[1], ARGV[2], 'EX', 300)" \
-    2 "products:$id" "writers:products:$id" lease:hand "$1")
-  step $reader "fill products:$id  ->  $answer"
-}
 part desafio3 '3. This service: a slow reader' \
   'A reader takes a lease on the empty key. It fills the key only with this lease and while no writer is marked.' \
   'A writer leaves a mark and deletes the key, lease included, before it changes PostgreSQL and again after it.' \
@@ -119,14 +122,14 @@ sql "SET application_name = '$holder'; BEGIN; SELECT FROM products WHERE id = $i
 claim 'row is locked' wait_for 10 row_is_locked
 exec 3< <(api PUT "/products/$id" '{"price":4.00}')
 claim 'writer at work has left a mark' wait_for 5 is_marked
-release # at once: PostgreSQL lets a statement of the service wait for 2 s at most
+release >/dev/null # at once: PostgreSQL lets a statement of the service wait for 2 s at most
 keys 'lease is deleted' '; .' before
 read -r answer <&3
 step $writer "->  $answer"
 keys 'answered writer has removed its mark' '200  4.00; ; .'
 fill_by_hand 3.00
 claim 'fill with the old price is refused' is "$answer" refused
-say 'Once more, while nobody writes. The service is another reader, finds a lease and fills nothing:'
+say 'Once more, without a writer. The service, another reader, finds the lease and fills nothing:'
 at $reader redis_cli SET "products:$id" lease:hand NX GET EX 60
 at $reader api GET "/products/$id"
 claim 'read returns the new price from PostgreSQL' is "$answer" '200 redis; fwd=miss 4.00'
@@ -156,7 +159,8 @@ keys 'key holds the new price' '200 redis; hit 5.00; ; {'
 title 'Score'
 printf '  %-40s%-16s%s\n' '' textbook desafio3 'slow reader' "${prices[0]}" "${prices[2]}" \
   'writer that dies' "${prices[1]}" "${prices[3]}"
-claim 'desafio3 leaves no stale price' is "$(number_stale "${prices[@]:2}")" 0
-say "textbook: $(number_stale "${prices[@]:0:2}") of 2 accidents left a stale price; desafio3: $(number_stale "${prices[@]:2}") of 2"
+textbook=$(number_stale "${prices[@]:0:2}") desafio3=$(number_stale "${prices[@]:2}")
+claim 'desafio3 leaves no stale price' is "$desafio3" 0
+say "textbook: $textbook of 2 accidents left a stale price; desafio3: $desafio3 of 2"
 
 verdict

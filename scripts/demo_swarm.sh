@@ -1,28 +1,24 @@
 #!/usr/bin/env bash
-# Demonstration of docker-stack.yml: three replicas of the service on Docker Swarm, and clients that send requests
-# all the while. A replica is killed, a new version is rolled out, a bad one is rolled back automatically, the number of
-# replicas changes, and no request fails. It takes one to two minutes.
-#
-#   ./scripts/demo_swarm.sh                      # makes a swarm of this machine only, and leaves it in the end
-#   ./scripts/demo_swarm.sh --use-this-swarm     # in the swarm of one node that this machine already is
-#
-# Everything that the script made is removed in the end. An engine that leaves a swarm forgets the names of the
-# containers that run, so stacks of Compose have to be stopped before.
+# Demonstration of docker-stack.yml: three replicas of the service on Docker Swarm, and clients that send requests all
+# the time. A replica is killed, a new version is rolled out, a bad one is rolled back automatically, the number of
+# replicas changes, and no request fails. It takes one to two minutes. The script makes a swarm of this machine, leaves
+# it in the end, and removes everything it made. An engine that leaves a swarm forgets the names of the running
+# containers, so stop your stacks of Compose before.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-stack=$project-swarm clients=$project-swarm-clients
-# A replica that stops drains for a shorter time than docker-stack.yml says: you would only wait.
+stack=$project-swarm service=${project}-swarm_web clients=$project-swarm-clients
+# A stopping replica drains for a shorter time than docker-stack.yml says, to keep the demonstration short.
 export COMPOSE_PROJECT_NAME=$stack POSTGRES_SECRET=${stack}_password DRAIN_SECONDS=2
 
 # ---------------------------------------------------------------- the clients
 
-# These functions run in a container on the stack's network, where Swarm's own DNS answers. They go there as text
+# These functions run in a container on the stack's network, where Swarm's own DNS answers. They get there as text
 # (declare -f). The image is PostgreSQL's, because it is here and has bash, which can open connections itself.
 
 # connect: connects to one of the addresses that the DNS has for "web", in random order: those of the replicas, or one
-# virtual address. When one refuses, it notes that and tries the next, as a load balancer does. Behind a virtual
-# address the next one is another replica, too: so that it is tried three times.
+# virtual address. If one refuses, it prints that and tries the next, as a load balancer does. A virtual address leads
+# to another replica each time, so it gets three tries.
 connect() {
   all=$(getent ahostsv4 web | sed -n 's/ *STREAM.*//p' | shuf)
   for address in $all $all $all; do
@@ -33,26 +29,26 @@ connect() {
   return 1
 }
 
-# exchange METHOD PATH [JSON]: sends a request and reads the answer into $head and $body. It fails, and leaves
-# $head empty, when there is no whole answer.
+# exchange METHOD PATH [JSON]: sends a request and reads the answer into $head and $body. If the answer is incomplete,
+# it fails and leaves $head empty.
 exchange() {
   local line received='' json=${3:+$3$'\n'}
   head='' body=''
   printf -v line '%s %s HTTP/1.1\r\nHost: web\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s' \
     "$1" "$2" "${#json}" "$json"
-  # bash writes line by line. "echo" with a text that ends in a line's end makes one packet of it all.
+  # Bash would send a packet for each line, but an echo of text that ends with a newline sends only one.
   echo -n "$line" >&3 || return
   while read -r -t 20 line <&3 && [[ $line != $'\r' ]]; do received+=$line$'\n'; done
   [[ $received =~ Content-Length:\ ([0-9]+) ]] && read -r -t 20 -N "${BASH_REMATCH[1]}" body <&3 && head=$received
 }
 
-# client MANY: makes a product and sends requests for it until its container goes, one write among ten, with a line for
-# each. A connection carries so many requests, or fewer when the service says that it closes it. Nobody else
-# writes the product, so every answer must show the last write, whichever replica it comes from. A request that
-# failed is followed by another one of its kind.
+# client N: creates a product and sends requests for it until its container ends, with one write in ten, and prints a
+# line for each. A connection carries N requests, or fewer if the service closes it. No other client writes the product,
+# so every answer must show the last write, whichever replica it comes from. A failed request is followed by another one
+# of its kind.
 client() {
   local product sent=0 stock=0 request
-  trap '' PIPE # to write to a closed connection is an error then, instead of the end of this shell
+  trap '' PIPE # so that writing to a closed connection is an error, and does not end this shell
   connect && exchange POST /products '{"name":"Produto da demonstração","price":1.00}'
   product=${body#*:} product=/products/${product%%,*}
   while sleep 0.02; do
@@ -68,11 +64,11 @@ client() {
   done
 }
 
-# in_clients CODE: runs the code there.
+# in_clients CODE: runs the code in that container.
 in_clients() { docker exec "$clients" timeout 600 bash -c "LC_ALL=C; $(declare -f connect exchange client); $1"; }
 
-# no_request_failed [ADDRESS]: looks at what the clients printed since the last time. ADDRESS is that of a replica that
-# was killed: what was in flight at it is counted apart.
+# no_request_failed [ADDRESS]: checks what the clients have printed since the last call. ADDRESS is that of a killed
+# replica, whose requests in flight are counted apart.
 seen=0 total=0
 no_request_failed() {
   local sent refused lost in_flight="^cut [A-Z]* ${1:-none}$"
@@ -80,84 +76,76 @@ no_request_failed() {
   refused=$(count '^refused') lost=$(count "$in_flight") sent=$(count -v '^refused')
   seen=$((seen + sent + refused)) total=$((total + sent))
   say "$sent requests, $(count PUT) of them writes; $refused connections refused and made to another replica"
-  if [[ -n ${1:-} ]]; then claim "killed replica cut off $lost requests in flight, at most one per client" test "$lost" -le 4; fi
+  [[ -z ${1:-} ]] || claim "killed replica cut off $lost requests in flight, at most one per client" test "$lost" -le 4
   claim 'no request failed' is "$(grep -vE "^ok|^refused|$in_flight" "$tmp/part" | sort | uniq -c)" ''
 }
 count() { grep -c "$@" "$tmp/part" || true; }
 
-# enough: there is enough to look at, however slow the machine is. The last line is left for the next time: it may not
-# be whole yet.
+# enough: the clients have printed enough to check, however slow the machine is. The last line may be incomplete, so it
+# is left for the next call.
 enough() { tail -n "+$((seen + 1))" "$tmp/requests" | sed '$d' >"$tmp/part" && (($(count '^ok') > 100)); }
 
 # ---------------------------------------------------------------- the stack
 
-# The replicas that are healthy; the number of replicas that Swarm wants and has.
-replicas() { docker ps -q -f "label=com.docker.swarm.service.name=${stack}_web" -f health=healthy | sort; }
-web_is() { is "$(replicas | wc -l) $(docker service ls -f "name=${stack}_web" --format '{{.Replicas}}')" "$1 $1/$1"; }
+# replicas: the healthy ones. web_is N: N replicas are healthy, and Swarm wants and has N.
+replicas() { docker ps -q -f "label=com.docker.swarm.service.name=$service" -f health=healthy | sort; }
+web_is() { is "$(replicas | wc -l) $(docker service ls -f "name=$service" --format '{{.Replicas}}')" "$1 $1/$1"; }
+
+# tasks COLUMN...: shows the containers that Swarm has started for the service, including those that have ended.
+tasks() { docker service ps --format "table {{.Name}}$(printf '\\t{{.%s}}' "$@")" "$service" | sed 's/^/  /'; }
 
 # version N LINE: an image like the one that was built, with another line in its Dockerfile.
 version() { quietly docker build -q -t "$stack-web:$1" - <<<"FROM $stack-web"$'\n'"$2"; }
 
-# deploy vip|dnsrr: each replica gets a free port of this machine, too, so that "request" can choose one.
+# deploy vip|dnsrr: each replica also gets a free port of this machine, so that request can choose one.
 deploy() {
   WEB_IMAGE=$stack-web WEB_ENDPOINT_MODE=$1 WEB_PORT=0 WEB_PORT_MODE=host \
     quietly docker stack deploy --resolve-image never -c docker-stack.yml "$stack"
   claim 'three replicas are healthy' wait_for 120 web_is 3
 }
-# choose REPLICA: "request" goes to this one from now on.
+# choose REPLICA: request uses this one from now on.
 choose() { say "replica $1" && url=http://127.0.0.1:$(docker port "$1" 8000 | sed -n '1s/.*://p'); }
 
-# update VERSION STATE OPTION...: rolls the version out, and waits until Swarm says how that ended. The options make
-# Swarm less patient than docker-stack.yml does, so that you do not wait where nothing happens.
+# update VERSION STATE OPTION...: rolls the version out, and waits until Swarm reports this state. The options make
+# Swarm less patient than docker-stack.yml does, to keep the demonstration short.
 update() {
-  run docker service update --detach --no-resolve-image --image "$stack-web:$1" "${@:3}" "${stack}_web"
+  run docker service update --detach --no-resolve-image --image "$stack-web:$1" "${@:3}" "$service"
   claim "update ends as $2" wait_for 240 update_is "$2"
-  docker service ps --format 'table {{.Name}}\t{{.Image}}\t{{.CurrentState}}' "${stack}_web" | sed 's/^/  /'
-  claim 'all replicas run version 2' is "$(docker service ps -f desired-state=running --format '{{.Image}}' "${stack}_web" | sort -u)" "$stack-web:2"
+  tasks Image CurrentState
+  claim 'all replicas run version 2' is "$(images)" "$stack-web:2"
 }
-update_is() { is "$(docker service inspect -f '{{.UpdateStatus.State}}' "${stack}_web")" "$1"; }
+update_is() { is "$(docker service inspect -f '{{.UpdateStatus.State}}' "$service")" "$1"; }
+images() { docker service ps -f desired-state=running --format '{{.Image}}' "$service" | sort -u; }
 
-reason=$(why_not_docker)
-[[ -z $reason ]] || die "$reason"
-[[ "$(docker info -f '{{.Swarm.LocalNodeState}} {{.Swarm.Nodes}}') $*" =~ ^(inactive 0 |active 1 --use-this-swarm)$ ]] ||
-  die 'this needs an engine in no swarm, and no argument; or a swarm of one node, and --use-this-swarm'
-leave=${1:-yes} leave=${leave#--use-this-swarm} # whether this script makes the swarm, and leaves it in the end
-[[ -z $leave || -z $(compose_containers) ]] ||
-  die "at the end the engine leaves the swarm, and these could not resolve each other's names any more: $(compose_containers)
+[[ -z $(why_not_docker) ]] || die "$(why_not_docker)"
+is "$(swarm_state)" inactive || die 'this needs an engine that is in no swarm'
+[[ -z $(compose_containers) ]] ||
+  die "when the engine leaves the swarm, these containers can no longer find each other: $(compose_containers)
   Stop their stacks first (./scripts/stop.sh), and start them afterwards (./scripts/start.sh)."
 
-[[ -z $(in_docker "$stack") ]] || die "this script would remove these, because of their names:"$'\n'"$(in_docker "$stack")"
-before=$(swarm_state) bridge=$(docker network ls -q -f name=docker_gwbridge) # Swarm makes it, and leaves it behind
-labelled=$(docker node ls -q -f node.label=desafio3.data=true 2>/dev/null || true)
 tmp=$(mktemp -d)
 
-# What is removed is tried again and again: interrupted in the middle of something, the engine may go on with it for
-# a moment. check.sh, which runs stacks of Compose beside this script, holds the lock until they are gone.
+# clean_up tries again and again: an interrupted engine may still be at work for a moment.
 clean_up() {
-  trap : INT TERM # a signal ends the wait for the lock, but not the removal
   title 'Clean-up'
   rm -rf "$tmp"
-  if [[ -n $leave ]]; then lock_engine --exclusive || true; fi
-  wait_for 90 as_before >/dev/null 2>&1 || die "something is left: docker ps -a, docker volume ls and docker images show it"
-  if [[ -n $leave && -n $(compose_containers) ]]; then say "Started meanwhile, these cannot resolve each other's names any more: docker restart $(compose_containers)"; fi
+  wait_for 90 as_before >/dev/null 2>&1 || die 'something is left: see docker ps -a, docker volume ls, docker images'
 }
 as_before() {
   docker rm -f -v "$clients"
   docker stack rm "$stack"
-  docker secret rm "$POSTGRES_SECRET"
-  if [[ -z $labelled ]]; then docker node update --label-rm desafio3.data "$(docker node ls -q)"; fi
-  if [[ -n $leave ]]; then docker swarm leave --force; fi
-  if [[ -z $bridge ]]; then docker network rm docker_gwbridge; fi
+  docker swarm leave --force
+  docker network rm docker_gwbridge # Swarm creates it, and leaves it behind
   docker volume rm "${stack}_swarm_postgres" "${stack}_swarm_redis"
   docker rmi "$stack-web:3" "$stack-web:2" "$stack-web"
-  is "$(swarm_state) $(in_docker "$stack")" "$before "
+  is "$(swarm_state) $(in_docker "$stack")" 'inactive '
 }
 at_exit clean_up
 
 # ---------------------------------------------------------------- the demonstration
 
 title '1. A swarm, three versions of the image, and the stack'
-if [[ -n $leave ]]; then quietly docker swarm init --advertise-addr 127.0.0.1 --listen-addr 127.0.0.1:2377; fi
+quietly docker swarm init --advertise-addr 127.0.0.1 --listen-addr 127.0.0.1:2377
 quietly docker compose build web
 version 2 'LABEL version=2'
 version 3 'ENV POSTGRES_PORT=1'
@@ -167,11 +155,9 @@ deploy vip
 quietly docker run -d --name "$clients" --network "${stack}_default" --entrypoint tail \
   "$(sed -n 's/^ *image: \(postgres:.*\)/\1/p' docker-stack.yml)" -f /dev/null
 # shellcheck disable=SC2016 # for the bash over there
-if vip=$(in_clients 'connect >/dev/null && echo "$address"'); then
-  say 'The virtual address of "web" works: the clients use it.'
-else
-  say 'The virtual address does not forward here: this kernel has no IPVS. With endpoint_mode dnsrr the clients choose a replica.'
-  quietly docker service rm "${stack}_web"
+if ! vip=$(in_clients 'connect >/dev/null && echo "$address"'); then
+  say 'Virtual addresses do not work: this kernel has no IPVS. With endpoint_mode dnsrr the clients choose a replica.'
+  quietly docker service rm "$service"
   deploy dnsrr
 fi
 
@@ -197,8 +183,8 @@ for writer in $(replicas); do
 done
 
 title '4. Four clients, with one write in ten requests'
-# From one that connects for every request to one that keeps its connection for as long as it may.
-# Not what bash itself says about a connection that was reset: that one is counted as cut.
+# From one that connects for every request to one that keeps its connection for as long as it may. Bash's own messages
+# about connections that were reset are dropped, because these requests are counted as cut.
 # shellcheck disable=SC2016 # for the bash over there
 in_clients 'for many in 1 10 100 1000000; do client $many & done; wait' >"$tmp/requests" 2>/dev/null &
 claim 'clients read and write' wait_for 60 grep -q PUT "$tmp/requests"
@@ -208,7 +194,7 @@ victim=$(replicas | head -n 1)
 address=$(docker inspect -f "{{(index .NetworkSettings.Networks \"${stack}_default\").IPAddress}}" "$victim")
 run docker kill "$victim"
 claim 'another replica takes its place' wait_for 60 web_is 3
-docker service ps --format 'table {{.Name}}\t{{.CurrentState}}\t{{.Error}}' "${stack}_web" | sed 's/^/  /'
+tasks CurrentState Error
 no_request_failed "${vip:-$address}"
 
 title '6. A new version'
@@ -221,7 +207,7 @@ no_request_failed
 
 title '8. Five replicas, then two'
 for number in 5 2; do
-  run docker service scale --detach "${stack}_web=$number"
+  run docker service scale --detach "$service=$number"
   claim "$number replicas are healthy" wait_for 60 web_is "$number"
   no_request_failed
 done

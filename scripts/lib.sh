@@ -1,14 +1,13 @@
 # shellcheck shell=bash
-# What the scripts share. A script that sources this file is in the project's folder, and finds here:
-# words for the terminal, requests and claims for the demonstrations, PostgreSQL and Redis as plain
-# processes, and one way to reach the stack whether it runs under Docker or straight on the machine.
-# Sourcing it starts nothing.
+# What the scripts share: words for the terminal, requests and claims for the demonstrations, PostgreSQL and Redis as
+# plain processes, and one way to reach the stack with Docker or without. Sourcing it changes to the project's folder
+# and starts nothing.
 
 # ---------------------------------------------------------------- the environment and the file .env
 
-# Nothing in a stranger's environment may change what our tools do: no option of Bash, no function that replaces a
-# command, no setting of psql, redis-cli, ps, grep, git, go or Compose, no language with decimal commas. Proxies stay,
-# because docker, go and apt may need one to download. The function "http" below ignores them.
+# Nothing in the user's environment may change what our tools do: no option of Bash, no function that replaces a
+# command, no setting of psql, redis-cli, ps, grep, git, go or Compose, no locale with decimal commas. Proxies stay,
+# because docker, go and apt may need one to download. The function http below ignores them.
 set +o posix +o noclobber +o noglob && shopt -u failglob nullglob nocasematch
 # shellcheck disable=SC2046,SC2086 # lists of names
 unset -f $(compgen -A function) &&
@@ -21,25 +20,22 @@ export LC_ALL=C GOWORK=off
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 # read_env: exports our settings from its input, as Compose reads them from the file .env. The environment wins. A value
-# is text, and nothing in it is executed. Outside single quotes, $NAME, ${NAME} and ${NAME:-default} stand for another
-# setting, and $$ for a dollar. Compose reads a value of several lines, too; this function does not.
-our_settings='^(COMPOSE_PROJECT_NAME|DESAFIO3_.*|POSTGRES_.*|REDIS_.*|(WEB_)?PORT|BIND_ADDRESS|CACHE_TTL|DRAIN_SECONDS|LOG_LEVEL)$'
+# is text: nothing in it is executed. Outside single quotes, $NAME, ${NAME} and ${NAME:-default} stand for another
+# setting, and $$ for a dollar. Unlike Compose, it does not read values of several lines.
+ours='^(COMPOSE_PROJECT_NAME|(DESAFIO3|POSTGRES|REDIS)_.*|(WEB_)?PORT|BIND_ADDRESS|CACHE_TTL|DRAIN_SECONDS|LOG_LEVEL)$'
 read_env() {
-  local line name value known entry other text assignment single double reference
-  # The three bytes are the mark with which some editors on Windows begin a file.
-  assignment=$'^(\xef\xbb\xbf)?''[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)[[:space:]]*[=:][[:space:]]*(.*)$'
-  single="^'(([^\\']|\\\\.)*)'" double='^"(([^\"]|\\.)*)"'
+  local line name value known entry other text assignment reference
+  # The three bytes are the byte order mark that some editors on Windows write.
+  assignment=$'^(\xef\xbb\xbf)?[ \t]*(export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*[=:][ \t]*(.*)$'
   reference='^([^$]*)[$]([$]|([A-Za-z_][A-Za-z0-9_]*)|[{]([A-Za-z_][A-Za-z0-9_]*)(:?-([^}]*))?[}])(.*)$'
   while IFS= read -r line || [[ -n $line ]]; do
     [[ ${line%$'\r'} =~ $assignment ]] || continue
     name=${BASH_REMATCH[3]} value=${BASH_REMATCH[4]} known=''
-    if [[ $value =~ $single ]]; then
-      known=${BASH_REMATCH[1]//\\\'/\'} value=''
-    elif [[ $value =~ $double ]]; then
-      value=$(printf %b "$(sed 's/\\"/"/g; s/\\\$/$$/g' <<<"${BASH_REMATCH[1]}")")
-    else
-      value=$(sed 's/ #.*//; s/[[:space:]]*$//' <<<"$value")
-    fi
+    case $value in
+    \'*) known=$(sed -E "s/^'(([^\\']|\\\\.)*)'.*/\1/; s/\\\\'/'/g" <<<"$value") value='' ;;
+    \"*) value=$(printf %b "$(sed -E 's/^"(([^\"]|\\.)*)".*/\1/; s/\\"/"/g; s/\\\$/$$/g' <<<"$value")") ;;
+    *) value=$(sed 's/ #.*//; s/[[:space:]]*$//' <<<"$value") ;;
+    esac
     while [[ $value =~ $reference ]]; do
       other=${BASH_REMATCH[3]}${BASH_REMATCH[4]} entry=dotenv_$other text='$'
       if [[ -n $other ]]; then text=${!other-${!entry-}}; fi
@@ -49,25 +45,24 @@ read_env() {
   done
   for entry in ${!dotenv_@}; do
     name=${entry#dotenv_}
-    [[ ! $name =~ $our_settings ]] || export "$name=${!name-${!entry}}"
+    [[ ! $name =~ $ours ]] || export "$name=${!name-${!entry}}"
   done
 }
 
 # COMPOSE_DISABLE_ENV_FILE is Compose's own variable.
 if [[ -e .env && ! ${COMPOSE_DISABLE_ENV_FILE:-} =~ ^(1|[Tt]) ]]; then read_env <.env; fi
 
-# COMPOSE_PROJECT_NAME and DESAFIO3_STATE give a second stack names and a folder of its own.
+# COMPOSE_PROJECT_NAME and DESAFIO3_STATE give a second stack its own names and folder.
 project=${COMPOSE_PROJECT_NAME:-desafio3}
 state=${DESAFIO3_STATE:-$PWD/.local} # data, logs and pids of the stack without Docker
 marker=$state/made-by-desafio3 # clean.sh removes no folder without this file
 
-# An interrupt ends the script, also where the program that it meets (docker, for one) takes it and ends as if
-# nothing had happened. So does a request to end (SIGTERM). The command that runs may finish first.
+# Ctrl-C ends the script, even if the running program (such as docker) catches it and exits normally. So does SIGTERM,
+# when the running command has finished.
 end_on_signals() { trap 'exit 130' INT && trap 'exit 143' TERM; }
 end_on_signals
 
-# at_exit COMMAND: runs it when the script ends, for whatever reason. It is run to its end: another signal does not stop
-# it, nor does a part of it that fails.
+# at_exit COMMAND: runs it when the script ends, for any reason. Neither another signal nor a failing part stops it.
 # shellcheck disable=SC2064 # the argument as it is now
 at_exit() { trap "trap '' INT TERM; { $1; } || true" EXIT; }
 
@@ -83,7 +78,7 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 [[ ${DESAFIO3_MODE:-local} =~ ^(local|docker)$ ]] || die "DESAFIO3_MODE must be local or docker, not \"$DESAFIO3_MODE\""
 
-# wait_for SECONDS COMMAND...: tries the command until it succeeds or the time is over.
+# wait_for SECONDS COMMAND...: tries the command until it succeeds. It fails when the time is over.
 wait_for() {
   local deadline=$((SECONDS + $1))
   until "${@:2}"; do
@@ -92,26 +87,25 @@ wait_for() {
   done
 }
 
-# since START: how long ago that was, where START is an earlier value of SECONDS. Bash counts whole seconds.
+# since START: the time since then, where START is an earlier value of SECONDS. Bash counts whole seconds.
 since() { echo "after less than $((SECONDS - $1 + 1)) s"; }
 
-# quietly COMMAND...: shows what it prints only when it fails, and leaves that in $answer. run COMMAND...: shows the
-# command, too.
+# quietly COMMAND...: runs it, leaves its output in $answer, and shows it only if it fails. run COMMAND...: also shows
+# the command.
 quietly() { answer=$("$@" 2>&1) || { printf '%s\nthis failed: %s\n' "$answer" "$*" >&2 && return 1; }; }
 run() { say "\$$(printf ' %q' "$@")" && quietly "$@"; }
 
 # ---------------------------------------------------------------- requests and claims
 
-# http ARGUMENT...: curl, without a .curlrc and without a proxy between it and this machine.
+# http ARGUMENT...: curl, without a .curlrc and without a proxy.
 http() { curl -q --noproxy '*' -sS -m 20 "$@"; }
 
-# request METHOD PATH [JSON]: sends it to the service and prints a line about the answer, and the whole of one that
-# is no success. It leaves them in $status, $body, $cache (the header Cache-Status) and $micros (the microseconds).
-# The line has no time when $show_times is empty.
-show_times=yes
+# request METHOD PATH [JSON]: sends a request to the service and prints a line about the answer, with the body if it is
+# an error. It leaves the answer in $status, $body, $cache (the header Cache-Status) and $micros (microseconds). The
+# line shows no time if $show_times is empty.
 request() {
   local answer head line
-  # curl writes the status and the time in a line of their own after the answer, also when there is none or half of one.
+  # curl adds a line with the status and the time, even if there was no answer or only a part of it.
   answer=$(http -i -X "$1" ${3:+-H 'Content-Type: application/json' --data-binary "$3"} \
     -w '\n%{http_code} %{time_starttransfer}' "$url$2" 2>&1) || answer=${answer%$'\n'*}$'\n000 20.000000'
   answer=${answer//$'\r'/}
@@ -120,14 +114,14 @@ request() {
   head=${answer%%$'\n\n'*} body=${answer#*$'\n\n'} body=${body%$'\n'} cache=''
   if [[ $head =~ Cache-Status:\ ([^$'\n']*) ]]; then cache=${BASH_REMATCH[1]}; fi
   printf -v line '%-6s %-34s %s  %-17s' "$1" "$2" "$status" "$cache"
-  if [[ -n $show_times ]]; then line+=$(printf ' %6d.%d ms' $((micros / 1000)) $((micros % 1000 / 100))); fi
+  if [[ -n ${show_times-yes} ]]; then line+=$(printf ' %6d.%d ms' $((micros / 1000)) $((micros % 1000 / 100))); fi
   if [[ $status == [45]* && ${expected:-} == "$status"* ]]; then line+=' (expected)'; fi
   say "$line"
   if [[ -n ${3:-} ]]; then say "       $3"; fi
   if ! like '2*' "$status"; then say "       $body"; fi
 }
 
-# field NAME: the first value under that name in the last answer, a text without its quotes and backslashes.
+# field NAME: the first value with that name in the last answer. A string comes without its quotes and backslashes.
 field() {
   [[ $body =~ \"$1\":\ *(\"(([^\"\\]|\\.)*)\"|[^],}\"]*) ]] || return 0
   local value=${BASH_REMATCH[2]:-${BASH_REMATCH[1]#\"\"}}
@@ -138,7 +132,7 @@ is() { [[ $1 == "$2" ]]; }
 has() { [[ $1 == *"$2"* ]]; }
 not() { ! "$@"; }
 
-# claim WHAT COMMAND...: checks what a demonstration says. After the last claim comes verdict.
+# claim WHAT COMMAND...: runs a check, prints whether it succeeded, and counts it. verdict prints the counts at the end.
 passed=0 failed=0
 claim() {
   if "${@:2}"; then
@@ -152,7 +146,7 @@ claim() {
 }
 
 # expect WHAT ANSWER METHOD PATH [JSON]: sends a request, and claims how status, Cache-Status and body of its answer
-# begin: "200" or "200 redis; hit" or, as "*" stands for anything, '200 *"price":2.00'.
+# begin: "200" or "200 redis; hit" or, with "*" for anything, '200 *"price":2.00'.
 expect() {
   local expected=$2
   request "${@:3}"
@@ -161,14 +155,14 @@ expect() {
 # shellcheck disable=SC2053 # a pattern
 like() { [[ $2 == $1 ]]; }
 
-# hit: reads the product $id and succeeds when Redis had it. cached PRICE: Redis soon has it, with this price.
+# hit: reads the product $id, and succeeds if the answer came from Redis. cached PRICE: soon it does, with this price.
 hit() { request GET "/products/$id" && is "$cache" 'redis; hit'; }
-cached() { wait_for 2 hit && is "$(field price)" "$1"; }
+cached() { wait_for 10 hit && is "$(field price)" "$1"; }
 
-# price_is PRICE: the service answers with this price for the product $id.
+# price_is PRICE: the service returns this price for the product $id.
 price_is() { request GET "/products/$id" >/dev/null && is "$status $(field price)" "200 $1"; }
 
-# ask WHAT ANSWER sql|redis_cli WORDS...: asks PostgreSQL or Redis directly, and claims the answer.
+# ask WHAT ANSWER sql|redis_cli WORDS...: queries PostgreSQL or Redis directly, and claims the answer.
 ask() {
   local answer
   answer=$("${@:3}") || true
@@ -180,15 +174,16 @@ verdict() { printf '\n%d passed, %d failed\n' "$passed" "$failed" && ((failed ==
 
 # ---------------------------------------------------------------- what must be installed
 
-# Debian keeps PostgreSQL's servers off the PATH, and Homebrew its versions. A folder that is not there does no harm.
-find_postgres() { PATH+=$(printf ':%s' /usr/lib/postgresql/*/bin {/opt/homebrew,/usr/local}/opt/postgresql*/bin); }
-find_postgres
+# Debian keeps PostgreSQL's servers and PgBouncer off the PATH, and so does Homebrew with versions of PostgreSQL. A
+# missing folder does no harm.
+find_servers() { PATH+=$(printf :%s /usr/sbin /usr/lib/postgresql/*/bin {/opt/homebrew,/usr/local}/opt/postgres*/bin); }
+find_servers
 
 redis_server() { command -v redis-server || command -v valkey-server; }
 
-# need PROGRAM[=PACKAGE]...: in the end all are there, or it says what to install and fails. "gcc clang=gcc libc6-dev"
-# is one of two programs, or else two packages. It installs itself only where that needs no question: as root, on a
-# system with apt.
+# need PROGRAM[=PACKAGE]...: makes sure that each program is installed, or prints what to install and fails. The
+# argument "gcc clang=gcc libc6-dev" asks for either of two programs, or else for two packages. It installs packages
+# only as root on a system with apt, where no question is asked.
 need() {
   local wanted missing=''
   for wanted; do
@@ -197,15 +192,15 @@ need() {
   done
   [[ -n $missing ]] || return 0
   if ((EUID != 0)) || ! have apt-get; then
-    echo "Not installed:$missing (Debian or Ubuntu: sudo apt-get install$missing; Homebrew: brew install postgresql redis)" >&2
+    echo "Not installed:$missing. Use: sudo apt-get install$missing, or: brew install${missing/redis-server/redis}" >&2
     return 1
   fi
   say "Installing$missing ..."
-  apt_install "$missing" && find_postgres
+  apt_install "$missing" && find_servers
 }
 
-# apt_install PACKAGES: installs them, but lets none of their servers loose: no cluster of PostgreSQL is
-# made, and nothing is started, now or when the machine boots. What was there before is not touched.
+# apt_install PACKAGES: installs them. None of their servers starts, now or at boot, and PostgreSQL creates no cluster.
+# Servers that were installed before stay as they are.
 apt_install() (
   exec 9</usr/bin/apt-get && flock 9 || exit 1 # one at a time: apt's own lock fails instead of waiting
   policy=/usr/sbin/policy-rc.d clusters=/etc/postgresql-common/createcluster.d/desafio3.conf ours=$clusters
@@ -213,15 +208,17 @@ apt_install() (
   install -D /dev/stdin "$clusters" <<<'create_main_cluster = false'
   [[ -e $policy ]] || { ours+=" $policy" && install /dev/stdin "$policy" <<<$'#!/bin/sh\nexit 101'; }
   export DEBIAN_FRONTEND=noninteractive
-  apt-get update -qq || true # one source that does not answer may not be the one that is needed
+  apt-get update -qq || true # a source that does not answer may not be the one that is needed
   # shellcheck disable=SC2086 # a list of names
-  quietly apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 || die "apt-get could not install:$1"
-  if has "$1" redis-server && have systemctl; then systemctl disable redis-server >/dev/null 2>&1 || true; fi
+  quietly apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=300 $1 || exit 1
+  for server in $1; do systemctl disable "$server" >/dev/null 2>&1 || true; done # a package's unit has its name
 )
 
-# need_servers: PostgreSQL, a Redis that is new enough, and the little that these scripts use are there.
+# need_servers [PROGRAM[=PACKAGE]...]: makes sure of Go, PostgreSQL, a Redis that is new enough, the few programs that
+# these scripts use, and those given.
 need_servers() {
-  need curl ps=procps postgres=postgresql 'redis-server valkey-server=redis-server' || return 1
+  have go || { echo 'Go is needed: https://go.dev/dl/' >&2; return 1; }
+  need curl ps=procps postgres=postgresql 'redis-server valkey-server=redis-server' "$@" || return 1
   # It prints "Redis server v=7.0.15 sha=...".
   [[ $("$(redis_server)" --version) =~ \ v=([7-9]|[1-9][0-9]+)\. ]] ||
     { echo "$(redis_server) is too old: Redis 7.0 or newer is needed, or Valkey" >&2; return 1; }
@@ -229,7 +226,7 @@ need_servers() {
 
 port_taken() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# free_port: a port that nobody listens on, from below the range that outgoing connections use.
+# free_port: a free port below the range that the kernel uses for outgoing connections.
 free_port() {
   local port=$((20000 + RANDOM % 12000))
   if port_taken "$port"; then free_port; else echo "$port"; fi
@@ -237,29 +234,29 @@ free_port() {
 
 # ---------------------------------------------------------------- PostgreSQL and Redis as plain processes
 
-# PostgreSQL refuses to run as root. The change of folder is for a user that may not enter this one.
+# PostgreSQL refuses to run as root. Its user may not be allowed into the current folder, so it runs in another one.
 as_postgres() { if ((EUID == 0)); then (cd / && exec runuser -u postgres -- "$@"); else "$@"; fi; }
 
-# start_postgres DIR: starts a PostgreSQL on port POSTGRES_PORT of 127.0.0.1 with its data and its log in
-# DIR, and returns when it answers. One that runs is left alone. Where there is no cluster it is made first, with its
-# database, as POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB say.
+# start_postgres: starts PostgreSQL on port POSTGRES_PORT of 127.0.0.1, unless it already runs, and returns when it
+# answers. Its data and log are in $state. The first start creates a cluster and a database for POSTGRES_USER,
+# POSTGRES_PASSWORD and POSTGRES_DB.
 start_postgres() {
-  local dir home
-  mkdir -p "$1" && dir=$(cd "$1" && pwd) || return 1
-  home=$dir/postgres
-  if [[ ! -e $home ]] && ! as_postgres test -x "$dir"; then
-    # DIR lies below a folder that is closed to the user postgres: the data goes where it may go.
+  local status home=$state/postgres
+  if [[ ! -e $home ]] && ! as_postgres test -x "$state"; then
+    # The user postgres may not enter a folder above $state, so the data goes elsewhere.
     ln -s "$(mktemp -d /var/lib/desafio3-postgres.XXXXXX)" "$home" || return 1
   fi
   mkdir -p "$home" && home=$(cd -P "$home" && pwd) && chown "$(as_postgres id -u)" "$home" || return 1
-  # Its pid alone proves nothing: after a crash of the machine the number may be somebody else's.
-  if as_postgres pg_ctl -D "$home/data" status >/dev/null 2>&1 && pg_isready -q -h 127.0.0.1 -p "$POSTGRES_PORT"; then return 0; fi
-  # A server whose data was removed notices that within a minute, and ends.
-  ! port_taken "$POSTGRES_PORT" || { say "Waiting for port $POSTGRES_PORT ..." && wait_for 90 not port_taken "$POSTGRES_PORT"; } || true
+  # After a crash of the machine, another process may have the pid that the status shows. So the port is checked, too.
+  status=$(as_postgres pg_ctl -D "$home/data" status 2>&1) || true
+  if has "$status" "port=$POSTGRES_PORT" && port_taken "$POSTGRES_PORT"; then return 0; fi
+  # A server whose data was removed notices that within a minute, and exits.
+  ! port_taken "$POSTGRES_PORT" || say "Waiting for port $POSTGRES_PORT ..."
+  wait_for 90 not port_taken "$POSTGRES_PORT" || true
   {
     if [[ ! -e $home/data ]]; then
-      # Made under another name, so that a cluster called "data" is always a whole one. initdb reads the
-      # password from a file, which here is a pipe that its own user opens.
+      # Created under another name, so that a cluster called "data" is always complete. initdb reads the password from a
+      # file, which here is a pipe opened by its own user.
       rm -rf "$home/new"
       # shellcheck disable=SC2016 # the inner shell's words
       as_postgres bash -c 'initdb --pwfile=<(cat) "$@"' initdb -D "$home/new" -U "$POSTGRES_USER" \
@@ -269,123 +266,100 @@ start_postgres() {
     fi &&
       as_postgres pg_ctl -D "$home/data" -t 120 start </dev/null \
         -o "-c listen_addresses=127.0.0.1 -c port=$POSTGRES_PORT -c unix_socket_directories="
-  } >>"$dir/postgres.log" 2>&1 || { tail -n 20 "$dir/postgres.log" >&2; return 1; }
+  } >>"$state/postgres.log" 2>&1 || { tail -n 20 "$state/postgres.log" >&2; return 1; }
 }
 
-# stop_postgres DIR: it returns when the server has ended.
+# stop_postgres: returns when the server has stopped.
 stop_postgres() {
   local data
-  data=$(cd -P "$1/postgres/data" 2>/dev/null && pwd) || return 0 # it was never started
+  data=$(cd -P "$state/postgres/data" 2>/dev/null && pwd) || return 0 # it was never started
   { as_postgres pg_ctl -D "$data" -m fast -t 180 stop || ! as_postgres pg_ctl -D "$data" status; } >/dev/null 2>&1
 }
 
-# start_redis DIR: the same for Redis, with REDIS_PORT, REDIS_PASSWORD and the settings of docker-compose.yml.
+# start_redis: does the same for Redis, with REDIS_PORT, REDIS_PASSWORD and the settings of docker-compose.yml.
 start_redis() {
-  if alive "$1/redis.pid" "-server 127.0.0.1:$REDIS_PORT"; then return 0; fi
-  mkdir -p "$1/redis"
-  { (cd "$1/redis" && "$(redis_server)" --bind 127.0.0.1 --port "$REDIS_PORT" --requirepass "$REDIS_PASSWORD" \
+  if alive "$state/redis.pid" "-server 127.0.0.1:$REDIS_PORT"; then return 0; fi
+  mkdir -p "$state/redis"
+  { (cd "$state/redis" && "$(redis_server)" --bind 127.0.0.1 --port "$REDIS_PORT" --requirepass "$REDIS_PASSWORD" \
     --save '60 1' --stop-writes-on-bgsave-error no --maxmemory 64mb --maxmemory-policy volatile-lru \
     --daemonize yes --pidfile ../redis.pid --logfile ../redis.log >/dev/null) &&
-    wait_for 60 local_redis -e ping >/dev/null 2>&1; } || { tail -n 20 "$1/redis.log" >&2; return 1; }
+    wait_for 60 local_redis -e ping >/dev/null 2>&1; } || { tail -n 20 "$state/redis.log" >&2; return 1; }
 }
+stop_redis() { end_process "$state/redis.pid" '-server 127.0.0.1:' 30; }
+pause_redis() { kill -STOP "$(<"$state/redis.pid")"; }
+unpause_redis() { kill -CONT "$(<"$state/redis.pid")"; }
 
-stop_redis() { end_process "$1/redis.pid" '-server 127.0.0.1:' 30; }
-
-# local_redis COMMAND...: what redis-cli prints for it.
+# local_redis COMMAND...: sends it with redis-cli to the Redis that start_redis started.
 local_redis() {
   ${REDIS_PASSWORD:+env} ${REDIS_PASSWORD:+"REDISCLI_AUTH=$REDIS_PASSWORD"} \
     "$(redis_server | sed 's/server$/cli/')" -h 127.0.0.1 -p "$REDIS_PORT" "$@"
 }
 
-# alive PIDFILE NAME: the process noted there runs, and is the one we mean: NAME is in its command line.
+# alive PIDFILE NAME: the process with this pid runs, and its command line contains NAME.
 alive() { has "$(ps -ww -p "$(cat "$1" 2>/dev/null)" -o command= 2>/dev/null)" "$2"; }
 
-# end_process PIDFILE NAME SECONDS: asks it to end, and after so many seconds makes it.
+# end_process PIDFILE NAME SECONDS: sends SIGTERM, even to a paused process, and SIGKILL if it still runs after SECONDS.
 end_process() {
-  local pid
   if alive "$1" "$2"; then
-    pid=$(<"$1")
-    kill -CONT "$pid" && kill -TERM "$pid"
-    wait_for "$3" not alive "$1" "$2" || kill -KILL "$pid"
+    kill -CONT "$(<"$1")" && kill -TERM "$(<"$1")"
+    wait_for "$3" not alive "$1" "$2" || kill -KILL "$(<"$1")"
     wait_for 10 not alive "$1" "$2" || return 1
   fi
   rm -f "$1"
 }
 
-# start_job COMMAND...: starts it as a job of its own, so that it can be ended with all that it has started.
-jobs=()
-start_job() {
-  set -m
-  "$@" &
-  jobs+=($!)
-  set +m
-}
-
-# end_jobs: ends them, also what they have started and left behind. They have time to clean up.
-end_jobs() {
-  local job
-  ((${#jobs[@]})) || return 0 # macOS's Bash takes an array without elements for one that is not set
-  for job in "${jobs[@]}"; do kill -TERM -- "-$job" 2>/dev/null || true; done
-  for job in "${jobs[@]}"; do wait_for 120 gone "$job" || kill -KILL -- "-$job" || true; done
-}
-gone() { ! kill -0 -- "-$1" 2>/dev/null; }
-
 # ---------------------------------------------------------------- the stack, with Docker or without
 
-# remote_engine: prints where Docker's engine is, and succeeds, when that is another machine. It does not connect to it.
+# remote_engine: succeeds if Docker's engine is on another machine, and prints where. It does not connect to it.
 remote_engine() {
   local engine='' here='^(unix|npipe):|^tcp://(localhost|127[.]|\[::1])'
   engine=$(docker context inspect -f '{{.Endpoints.docker.Host}}' 2>/dev/null) || true
   [[ -n $engine && ! $engine =~ $here ]] && echo "$engine"
 }
 
-# why_not_docker: prints a line on what is wrong with Docker and one on how to fix it, or nothing when all is well.
-# Compose has --wait-timeout since 2.17.
+# why_not_docker: prints what is wrong with Docker and how to fix it, a line each, or nothing if Docker works. Compose
+# 2.17 was the first to have --wait-timeout.
 why_not_docker() {
   local said
-  have docker || { because 'Docker is not installed.' 'install it: https://docs.docker.com/get-docker/'; return; }
-  if said=$(remote_engine); then
-    because "The Docker engine is on another machine, $said." 'unset DOCKER_HOST DOCKER_CONTEXT; docker context use default'
+  if ! have docker; then
+    why 'Docker is not installed.' 'install it: https://docs.docker.com/get-docker/'
+  elif said=$(remote_engine); then
+    why "The Docker engine is on another machine, $said." 'unset DOCKER_HOST DOCKER_CONTEXT; docker context use default'
   elif ! said=$(docker info 2>&1); then
     case $said in
-    *'permission denied'*) because 'You have no permission to use Docker.' "sudo usermod -aG docker $(id -un), then log out and in" ;;
-    *'daemon running'*) because 'The Docker engine is not running.' 'start Docker Desktop, or: sudo systemctl start docker' ;;
-    *) because "Docker does not work: ${said##*$'\n'}" 'docker info shows more' ;;
+    *denied*) why 'You have no permission to use Docker.' "sudo usermod -aG docker $(id -un), then log out and in" ;;
+    *running*) why 'The Docker engine is not running.' 'start Docker Desktop, or: sudo systemctl start docker' ;;
+    *) why "Docker does not work: ${said##*$'\n'}" 'docker info shows more' ;;
     esac
   elif ! has "$(docker compose up --help 2>&1)" --wait-timeout; then
-    because 'Docker Compose 2.17 or newer is missing.' 'install the plugin: https://docs.docker.com/compose/install/'
+    why 'Docker Compose 2.17 or newer is missing.' 'install the plugin: https://docs.docker.com/compose/install/'
   else
     sed -nE 's/^(FROM| *image:) +([^ $]+:[^ ]+).*/\2/p' Dockerfile docker-compose.yml | while read -r image; do
       docker image inspect "$image" >/dev/null 2>&1 || docker pull "$image" >&2 ||
-        { because "The image $image is not here and cannot be downloaded." "docker pull $image shows why"; return; }
+        { why "The image $image is not here and cannot be downloaded." "docker pull $image shows why"; return; }
     done
   fi
 }
-because() { printf '%s\nTo fix it: %s\n' "$@"; }
+why() { printf '%s\nTo fix it: %s\n' "$@"; }
 
-# project_label: filters Docker's lists down to this project's. folder_label: where Compose notes the project's folder.
+# project_label: filters Docker's lists down to this project's.
 project_label="label=com.docker.compose.project=$project"
-folder_label=com.docker.compose.project.working_dir
 
-# compose_containers: those that run in stacks of Compose, whosever they are, in a line. swarm_state: active or inactive.
+# compose_containers: the names of the running containers of all Compose stacks, in one line. swarm_state: active or
+# inactive.
 compose_containers() { docker ps -f label=com.docker.compose.project --format '{{.Names}}' | paste -s -d ' ' -; }
 swarm_state() { docker info -f '{{.Swarm.LocalNodeState}}'; }
 
 # in_docker NAME: the containers, volumes, networks and images whose names begin with it.
 in_docker() { { docker ps -a && docker volume ls && docker network ls && docker images; } | grep "$1[-_]" || true; }
 
-# lock_engine --shared|--exclusive: until this shell ends. An engine that leaves a swarm forgets the names of the containers that run
-# (https://github.com/moby/moby/issues/45144). So demo_swarm.sh takes the lock before it leaves its swarm, and check.sh
-# shares it while it runs stacks of Compose.
-lock_engine() { ! have flock || { exec 9<"$(command -v docker)" && flock "$1" 9; }; }
-
-# find_mode: sets $mode to "local" or "docker", whichever stack is there, or to nothing. DESAFIO3_MODE decides if it is
-# set. An engine on another machine ends the script: it has neither the ports nor the files of this one.
+# find_mode: sets $mode to "local" or "docker", whichever stack exists, or to nothing. DESAFIO3_MODE decides if it is
+# set. If the engine is on another machine, the script ends: that engine has neither our ports nor our files.
 find_mode() {
   local containers=''
   mode=${DESAFIO3_MODE:-}
   if is "$mode" local; then return; fi
-  if [[ -z $mode && -e $marker && -e $state/env ]]; then mode=local; fi # the files are there from start to stop
+  if [[ -z $mode && -e $marker && -e $state/env ]]; then mode=local; fi # start.sh makes the files, stop.sh removes env
   if ! remote_engine >/dev/null; then
     containers=$(docker ps -a -f "$project_label" --format '{{.State}}' 2>/dev/null) || true
   elif ! is "$mode" local; then
@@ -393,101 +367,73 @@ find_mode() {
   fi
   mode=${mode:-${containers:+docker}}
   if is "$mode" local && has "$containers" running; then
-    say 'Two stacks run. This is about the one without Docker: DESAFIO3_MODE=docker chooses the other one.' >&2
+    say 'Two stacks are running. This uses the one without Docker. DESAFIO3_MODE=docker selects the other one.' >&2
   fi
 }
 
-# own_stack: refuses to go on where containers or volumes with our names were made from another folder, say another
-# clone. Compose notes the folder on containers, and start.sh on volumes. A folder that is gone owns nothing.
+# own_stack: ends the script if our containers were created in another folder, such as another clone. Compose notes the
+# folder on each container. A folder that no longer exists owns nothing.
 own_stack() {
   local folder
-  while read -r folder; do
-    [[ ! -e $folder || $folder -ef $PWD ]] || die "the stack $project belongs to $folder. Work there, or give this one a name
-  and ports of its own: COMPOSE_PROJECT_NAME=$project-2 WEB_PORT=8001 POSTGRES_PORT=5433 REDIS_PORT=6380 $0"
-  done < <(
-    docker ps -a -f "$project_label" --format "{{.Label \"$folder_label\"}}"
-    docker volume ls -f "$project_label" --format "{{.Label \"$folder_label\"}}"
-  )
+  folder=$(docker ps -af "$project_label" --format '{{.Label "com.docker.compose.project.working_dir"}}' | head -n 1)
+  [[ ! -e $folder || $folder -ef $PWD ]] || die "the stack $project belongs to $folder. Work there, or give this one
+  a name and ports of its own: COMPOSE_PROJECT_NAME=$project-2 WEB_PORT=8001 POSTGRES_PORT=5433 REDIS_PORT=6380 $0"
 }
 
-# attach: finds the stack that runs, and sets $mode and $url for the functions below and for request.
+not_running() { die 'the stack is not running: start it with ./scripts/start.sh'; }
+
+# attach: finds the running stack, and sets $mode and $url.
 attach() {
-  local not_running='the stack is not running: start it with ./scripts/start.sh'
   find_mode
   if is "$mode" local; then
     # shellcheck source=/dev/null
-    source "$state/env" 2>/dev/null || die "$not_running" # its ports and passwords
-    alive "$state/web.pid" "$state/web" || die 'the service has ended: ./scripts/logs.sh web says why, ./scripts/start.sh starts it'
+    source "$state/env" 2>/dev/null || not_running # its ports and passwords
+    alive "$state/web.pid" "$state/web" || die 'the service has ended: ./scripts/logs.sh web says why'
     url=$BIND_ADDRESS:$WEB_PORT
   else
-    [[ -n $mode ]] || die "$not_running"
+    [[ -n $mode ]] || not_running
     own_stack
-    url=$(docker port "$project-web" 8000 2>/dev/null | head -n 1) || die "$not_running"
+    url=$(docker port "$project-web" 8000 2>/dev/null | head -n 1) || not_running
   fi
-  # "::1:8000" is an address and a port, in which a URL needs brackets. Every address includes this machine's own.
+  # An IPv6 address such as ::1 needs brackets in a URL. 0.0.0.0 and [::] include this machine's own address.
   if [[ $url == *:*:* && $url != \[* ]]; then url="[${url%:*}]:${url##*:}"; fi
   url=${url/#0.0.0.0/127.0.0.1} url=http://${url/#\[::]/[::1]}
 }
 
-# create_product WHAT JSON: claims that a product is created, and leaves its number in $id. Without one the script ends.
-# An interrupt in between, which would leave a product that nobody knows, is ignored.
-id=''
-create_product() {
-  trap '' INT TERM
-  expect "$1" 201 POST /products "$2"
-  id=$(field id)
-  end_on_signals
-  [[ -n $id ]] || die 'without a product there is nothing to show'
-}
+# own_folder: ends the script if start.sh did not create the folder with the data.
+own_folder() { [[ -e $marker ]] || die "$state is left alone: without ${marker##*/} it is not from start.sh"; }
 
-# delete_product: for at_exit. It deletes the product, if there is one that the script has not deleted itself, as soon
-# as the service can.
-delete_product() { [[ -z $id ]] || wait_for 60 deleted || say "the product $id is left"; }
-deleted() { request DELETE "/products/$id" >/dev/null && like '[24]04' "$status"; }
-
-# own_folder: refuses a folder for the data that start.sh has not made.
-own_folder() { [[ -e $marker ]] || die "$state was not made by start.sh and is left alone: it has no file ${marker##*/}"; }
-
-# stop_local: ends the stack without Docker and keeps its data.
+# stop_local: stops the stack without Docker and keeps its data.
 stop_local() {
   [[ -e $state ]] || return 0
   own_folder
-  { end_process "$state/web.pid" "$state/web" 15 && stop_redis "$state" && stop_postgres "$state"; } ||
-    die "something in $state did not stop"
+  { end_process "$state/web.pid" "$state/web" 15 && stop_redis && stop_postgres; } || die "part of $state still runs"
   rm -f "$state/env"
 }
 
-# show_stack: which of its parts run. In the list of processes the status T is a paused one.
+# show_stack: shows what runs. STAT T means that a process is paused.
 show_stack() {
-  if is "$mode" docker; then
-    docker ps -a -f "$project_label" --format 'table {{.Names}}\t{{.Status}}\t{{.Ports}}'
+  if is "$mode" local; then
+    ps -o pid,stat,etime,args -p "$(grep -hsm 1 . "$state"/{postgres/data/postmaster,redis,web}.pid | paste -sd , -)" |
+      cut -c -100
   else
-    ps -o pid,stat,etime,args -p "$(grep -hsm 1 . "$state"/{postgres/data/postmaster,redis,web}.pid | paste -sd , -)" | cut -c -100
+    docker ps -a -f "$project_label" --format 'table {{.Names}}\t{{.Status}}\t{{.Ports}}'
   fi | sed 's/^/  /'
 }
 
-# what_it_logged: the last lines of its input, without those of the health checks.
-what_it_logged() { grep -v path=/health | tail -n 20 | sed 's/^/    | /' || true; }
+# docker_agrees: no container is unhealthy or starting, according to Docker's own health checks, which lag by some
+# seconds.
+docker_agrees() { [[ ! $(docker ps -f "$project_label" --format '{{.Status}}' 2>/dev/null) =~ unhealthy|starting ]]; }
 
-# docker_agrees: Docker's own health checks, which lag by some seconds, find no container unhealthy or starting.
-docker_agrees() { is "$mode" local || [[ ! $(docker ps -f "$project_label" --format '{{.Status}}') =~ unhealthy|starting ]]; }
-
-# show_unhealthy: which containers run, and what those that are not healthy have logged.
-show_unhealthy() {
+# not_healthy: shows the containers and their logs, and ends the script.
+not_healthy() {
   show_stack
-  docker ps -a -f "$project_label" --format '{{.Label "com.docker.compose.service"}} {{.Status}}' |
-    sed '/(healthy)/d; s/ .*//' | while read -r service; do
-    docker compose logs --tail 200 "$service" 2>&1 | what_it_logged
-  done
+  docker compose logs --tail 100 2>&1 | grep -v path=/health || true
+  die 'the stack did not become healthy'
 }
 
-# cache_in_use: the service is connected to Redis a moment before it has made sure that it can trust it. need_cache waits
-# for that, and ends the script if it does not come: then there is nothing to show.
-cache_in_use() { request GET /stats >/dev/null && has "$body" '"trusted":true'; }
-need_cache() { wait_for 20 cache_in_use || die 'the service does not use its cache: ./scripts/logs.sh web says why'; }
-
-# postgres_client psql|pg_dump ARGUMENT...: runs it on the stack's database. It shows PostgreSQL the password, as the
-# service does: in the container, too, it asks by the network's address, since a local connection needs none there.
+# postgres_client psql|pg_dump ARGUMENT...: runs it on the stack's database. In the container it connects to the
+# network's address, because a local connection would need no password.
 postgres_client() {
   if is "$mode" local; then
     PGPASSWORD=$POSTGRES_PASSWORD "$1" -h 127.0.0.1 -p "$POSTGRES_PORT" -U "$POSTGRES_USER" -d "$POSTGRES_DB" "${@:2}"
@@ -498,18 +444,32 @@ postgres_client() {
   fi
 }
 
-# sql QUERY: what psql prints for it, bare.
+# sql QUERY: prints the bare result.
 sql() { postgres_client psql -XqtAc "$1" </dev/null; }
 
-# redis_cli COMMAND...: what redis-cli prints for it.
+# redis_cli COMMAND...: prints the answer of the stack's Redis.
 redis_cli() { if is "$mode" local; then local_redis "$@"; else docker exec "$project-redis" redis-cli "$@"; fi; }
 
-# control stop|start|pause|unpause postgres|redis: does it to one server (without Docker, only Redis can
-# be paused), and shows the command that does it under Docker.
-control() {
-  if is "$mode" docker; then run docker "$1" "$project-$2"; return; fi
-  say "$1 $2"
-  "$1_$2" "$state"
+# control stop|start|pause|unpause postgres|redis: does it to one server, and under Docker shows the command for it.
+# Without Docker, only Redis can be paused.
+control() { if is "$mode" docker; then run docker "$1" "$project-$2"; else say "$1 $2" && "$1_$2"; fi; }
+
+# cache_in_use: the service trusts the cache, which it does a moment after it has connected to Redis. need_cache waits
+# for that, and ends the script if it does not happen.
+cache_in_use() { request GET /stats >/dev/null && has "$body" '"trusted":true'; }
+need_cache() { wait_for 20 cache_in_use || die 'the service does not use its cache: ./scripts/logs.sh web says why'; }
+
+# create_product WHAT JSON: claims that a product is created, and leaves its id in $id. If that fails, the script ends.
+# Ctrl-C is ignored meanwhile, or a product with an unknown id could be left behind.
+id=''
+create_product() {
+  trap '' INT TERM
+  expect "$1" 201 POST /products "$2"
+  id=$(field id)
+  end_on_signals
+  [[ -n $id ]] || die 'without a product there is nothing to show'
 }
-pause_redis() { kill -STOP "$(<"$1/redis.pid")"; }
-unpause_redis() { kill -CONT "$(<"$1/redis.pid")"; }
+
+# delete_product: for at_exit. It deletes the product, unless the script already has, as soon as the service can.
+delete_product() { [[ -z $id ]] || wait_for 60 deleted || say "product $id could not be deleted"; }
+deleted() { request DELETE "/products/$id" >/dev/null && like '[24]04' "$status"; }

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Follows the logs, until Ctrl-C:   ./scripts/logs.sh [--all] [web|postgres|redis]
-# Health checks that succeed are left out, several a minute as they are: --all shows them, too.
+# It leaves out successful health checks, which come several times a minute: --all shows them, too.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 left_out='path=/health status=200'
-if is "${1:-}" --all; then shift && left_out='no line has this'; fi
+if is "${1:-}" --all; then shift && left_out='no line contains this'; fi
 [[ ${1:-} =~ ^(|web|postgres|redis)$ && $# -le 1 ]] || die 'usage: ./scripts/logs.sh [--all] [web|postgres|redis]'
 
 find_mode
-[[ -n $mode ]] || die 'the stack is not running: start it with ./scripts/start.sh'
+[[ -n $mode ]] || not_running
 if is "$mode" docker; then
   docker compose logs --follow --tail 500 "$@"
 else

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Fills the catalogue with 8 products. It skips a name that the catalogue has already, so running it twice
-# does not double them.
+# Fills the catalogue with 8 products. It skips names that the catalogue already has, so a second run adds nothing.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
@@ -9,13 +8,14 @@ attach
 added=0
 add() {
   if grep -qxF "$1" <<<"$names"; then return; fi
-  request POST /products "{\"name\":\"$1\",\"description\":\"$2\",\"price\":$3,\"stock\":$4,\"category\":\"$5\"}" >/dev/null
+  json="{\"name\":\"$1\",\"description\":\"$2\",\"price\":$3,\"stock\":$4,\"category\":\"$5\"}"
+  request POST /products "$json" >/dev/null
   is "$status" 201 || die "could not create \"$1\": $body"
   say "created: $1 (id $(field id))"
   added=$((added + 1))
 }
 
-# SQL and not GET /products, which would leave a copy in the cache: the next to ask for the list should see a miss.
+# SQL instead of GET /products, which would leave a copy in the cache: the next read of the list should be a miss.
 names=$(sql 'SELECT name FROM products') || die 'PostgreSQL does not answer'
 
 add 'Smartphone Galaxy' 'Tela AMOLED de 6,1 polegadas, 128 GB e câmera tripla' 2499.90 50 electronics

@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 find_mode
 case $mode in
 docker)
-  # Not "down", which removes the containers: they remember in which folder this stack is at home.
+  # Not "down", which would remove the containers: they record the folder that this stack belongs to.
   own_stack && docker compose stop && say 'Stopped. The data is in the volumes.'
   ;;
 local) stop_local && say "Stopped. The data is in $state." ;;

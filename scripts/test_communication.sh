@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Shows that the services reach each other: what the service writes is looked up in PostgreSQL and in Redis
-# directly. It works on a product of its own, which it deletes in the end.
+# Shows that the services reach each other: it looks up in PostgreSQL and in Redis what the service has written. It
+# works on its own product, and deletes it in the end.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 attach
@@ -20,17 +20,17 @@ expect 'deletion returns 204' 204 DELETE "/products/$id"
 ask 'Redis does not hold the deleted product' 0 redis_cli EXISTS "products:$id"
 
 # "web ping" tries to connect from where the service runs. In the image it is called ping.
+web=("$state/web") postgres=127.0.0.1:${POSTGRES_PORT:-} redis=127.0.0.1:${REDIS_PORT:-}
 if is "$mode" docker; then
+  web=(docker exec "$project-web") postgres=postgres redis=redis
   title '3. Names on the network'
   members=$(docker network inspect -f '{{range .Containers}}  {{println .Name .IPv4Address}}{{end}}' "$project-network")
   echo "$members"
   for service in web postgres redis; do
     claim "$project-$service is on the network $project-network" has "$members" " $project-$service "
   done
-  web=(docker exec "$project-web") postgres=postgres redis=redis
 else
   title '3. Ports on this machine (only the network of Docker has names for them)'
-  web=("$state/web") postgres=127.0.0.1:$POSTGRES_PORT redis=127.0.0.1:$REDIS_PORT
 fi
 ping() { run "${web[@]}" ping -c 3 "$1" && printf '    %s\n' "${answer//$'\n'/$'\n    '}"; }
 claim "web connects to PostgreSQL at $postgres" ping "$postgres"
@@ -40,8 +40,8 @@ title '4. Direct access to both servers'
 ask 'PostgreSQL answers a query' '[1-9]*' sql 'SHOW server_version'
 ask 'Redis answers PING' PONG redis_cli PING
 
-title '5. The report of the service'
-expect 'service is connected to both servers' '200 *"postgres":{"status":"connected"*"redis":{"status":"connected"' GET /services
+title '5. Service report'
+expect 'service is connected to both servers' '200 *"status":"connected"*"status":"connected"' GET /services
 say "$body"
 
 verdict
