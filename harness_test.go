@@ -64,7 +64,7 @@ func setDefault(name, value string) {
 // setEnvironment replaces the developer's environment, in which there may be other servers and passwords. Only what Go
 // needs and what these tests read themselves stays. The rest is the configuration of tests and children.
 func setEnvironment() {
-	kept := regexp.MustCompile(`^(PATH|HOME|GO\w*|SEED|PROMISE|HISTORY)$`)
+	kept := regexp.MustCompile(`^(PATH|HOME|GO\w*|PROMISE|HISTORY)$`)
 	for _, variable := range os.Environ() {
 		if name, _, _ := strings.Cut(variable, "="); !kept.MatchString(name) {
 			check(os.Unsetenv(name))
@@ -116,34 +116,6 @@ func testConfig() config {
 	return must(configure(os.Getenv))
 }
 
-// withDatabase returns cfg with a database of its own, which is dropped when the test ends.
-func withDatabase(t testing.TB, cfg config) config {
-	reportStalls(t)
-	admin := psql(t, cfg)
-	cfg.postgresDB = fmt.Sprintf("test_%d", databases.Add(1))
-	must(admin.Exec("CREATE DATABASE " + cfg.postgresDB))
-	t.Cleanup(func() { must(admin.Exec("DROP DATABASE " + cfg.postgresDB + " WITH (FORCE)")) })
-	return cfg
-}
-
-// reportStalls measures ticks of 10 ms. If the test fails, it logs how late the latest tick was. The machine gave the test
-// no processor for that long, so a missed time of the protocol may not be the service's fault.
-func reportStalls(t testing.TB) {
-	var longest atomic.Int64
-	go func() {
-		const tick = 10 * time.Millisecond
-		for began := time.Now(); t.Context().Err() == nil; began = time.Now() {
-			time.Sleep(tick)
-			longest.Store(max(longest.Load(), int64(time.Since(began)-tick)))
-		}
-	}()
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("the machine's longest stall since this test began: %v", time.Duration(longest.Load()))
-		}
-	})
-}
-
 // psql is a session like a person's: its application_name is not the service's.
 func psql(t testing.TB, cfg config) *sql.DB {
 	db := must(sql.Open("postgres", fmt.Sprintf("host=%s port=%s user=%s password=%s dbname=%s sslmode=disable application_name=psql",
@@ -180,11 +152,16 @@ func alone(t *testing.T) (*redisServer, config) {
 	return ownServers(t)
 }
 
-// ownServers does the same for a test that must not run beside others: one that stops PostgreSQL, for example.
+// ownServers does the same for a test that must not run beside others: one that stops PostgreSQL, for example. The
+// database is dropped when the test ends.
 func ownServers(t testing.TB) (*redisServer, config) {
 	t.Helper()
 	r, cfg := startRedis(t, testConfig())
-	return r, withDatabase(t, cfg)
+	admin := psql(t, cfg)
+	cfg.postgresDB = fmt.Sprintf("test_%d", databases.Add(1))
+	must(admin.Exec("CREATE DATABASE " + cfg.postgresDB))
+	t.Cleanup(func() { must(admin.Exec("DROP DATABASE " + cfg.postgresDB + " WITH (FORCE)")) })
+	return r, cfg
 }
 
 // startAlone starts the service for a test that may run beside others.
@@ -212,15 +189,6 @@ func startReplica(t testing.TB, cfg config) *testServer {
 	return &testServer{server: s, t: t, url: web.URL, stopCache: cancel}
 }
 
-// awaitSchema waits until the service has made its table.
-func (s *testServer) awaitSchema() {
-	s.t.Helper()
-	eventually(s.t, "the table is there", func() bool {
-		_, err := s.db.Exec(`SELECT FROM products LIMIT 0`)
-		return err == nil
-	})
-}
-
 // eventually waits until a condition holds, and returns how long that took, which is at most a twentieth too much. It
 // fails the test when the condition does not hold within 15 seconds.
 func eventually(t testing.TB, what string, holds func() bool) (took time.Duration) {
@@ -234,20 +202,24 @@ func eventually(t testing.TB, what string, holds func() bool) (took time.Duratio
 	return took
 }
 
-// within fails the test when something took longer than it may.
+// expect fails the test unless a condition holds. The message says what was found instead.
+func expect(t testing.TB, holds bool, message string, args ...any) {
+	t.Helper()
+	if !holds {
+		t.Errorf(message, args...)
+	}
+}
+
+// within fails the test if something took longer than its limit.
 func within(t testing.TB, took, limit time.Duration, what string) {
 	t.Helper()
-	if took > limit {
-		t.Errorf("it took %v, and may take %v: %s", took, limit, what)
-	}
+	expect(t, took <= limit, "%s took %v, the limit is %v", what, took, limit)
 }
 
 // equal fails the test unless two values are the same.
 func equal[T comparable](t testing.TB, what string, got, want T) {
 	t.Helper()
-	if got != want {
-		t.Errorf("%s: got %v, want %v", what, got, want)
-	}
+	expect(t, got == want, "%s: got %v, want %v", what, got, want)
 }
 
 // concurrently calls f so many times at the same time, with 0, 1, 2 and so on. What it returns waits for all of them.
@@ -279,12 +251,10 @@ type answer struct {
 
 func (a answer) source() source { return source(a.header.Get("Cache-Status")) }
 
-// says fails the test unless the body contains a text.
-func (a answer) says(text string) {
+// contains fails the test unless the body contains a text.
+func (a answer) contains(text string) {
 	a.t.Helper()
-	if !strings.Contains(a.body, text) {
-		a.t.Errorf("no %s in %s", text, a.body)
-	}
+	expect(a.t, strings.Contains(a.body, text), "no %s in %s", text, a.body)
 }
 
 // send makes a request; a body is sent as JSON. Headers come in pairs.
@@ -324,25 +294,22 @@ func (s *testServer) want(status int, method, path, body string, headers ...stri
 	if a.status != status {
 		s.t.Fatalf("%s %s %s: got %d, want %d: %s", method, path, body, a.status, status, a.body)
 	}
+	equal(s.t, "Cache-Control", a.header.Get("Cache-Control"), "no-cache")
 	if status >= 400 {
 		wantProblem(s.t, a)
 	}
 	return a
 }
 
-// wantProblem checks that an error says what RFC 9457 wants, and nothing that it must not.
+// wantProblem checks that an error is as RFC 9457 has it, and gives away nothing of the inside.
 func wantProblem(t testing.TB, a answer) {
 	t.Helper()
 	var p problem
-	if err := json.Unmarshal([]byte(a.body), &p); err != nil || p.Status != a.status || p.Title != http.StatusText(a.status) ||
-		p.Detail == "" || a.header.Get("Content-Type") != "application/problem+json" {
-		t.Errorf("not a problem: %d %v %s", a.status, a.header, a.body)
-	}
-	for _, secret := range []string{"pq:", "SELECT", "127.0.0.1", "goroutine", "dial tcp"} {
-		if strings.Contains(a.body, secret) {
-			t.Errorf("the error tells %q: %s", secret, a.body)
-		}
-	}
+	err := json.Unmarshal([]byte(a.body), &p)
+	expect(t, err == nil && p.Status == a.status && p.Title == http.StatusText(a.status) && p.Detail != "" &&
+		a.header.Get("Content-Type") == "application/problem+json", "not a problem: %d %v %s", a.status, a.header, a.body)
+	inside := regexp.MustCompile(`pq:|SELECT|127\.0\.0\.1|goroutine|dial tcp`).FindString(a.body)
+	equal(t, "what the error gives away", inside, "")
 }
 
 // create makes a product and returns its path.
@@ -438,24 +405,12 @@ func (p *process) start() {
 	})
 }
 
-// wantExit runs a command line of the service to its end, checks its exit status and that it says something, and
-// returns all that it says.
-func wantExit(t testing.TB, status int, says, path string, env []string, args ...string) string {
+// wantExit runs a command line of the service to its end, and checks its exit status and what it prints.
+func wantExit(t testing.TB, status int, prints, path string, env []string, args ...string) {
 	t.Helper()
 	cmd := newChild(env, path, args...)
 	out, err := cmd.CombinedOutput()
-	if cmd.ProcessState.ExitCode() != status || !strings.Contains(string(out), says) {
-		t.Errorf("%s %v: %v %s", args, env, err, out)
-	}
-	return string(out)
-}
-
-// listen takes a port of 127.0.0.1 until the test ends.
-func listen(t testing.TB) (l net.Listener, port string) {
-	l = must(net.Listen("tcp", "127.0.0.1:0"))
-	t.Cleanup(func() { l.Close() })
-	_, port, _ = net.SplitHostPort(l.Addr().String())
-	return l, port
+	expect(t, cmd.ProcessState.ExitCode() == status && regexp.MustCompile(prints).Match(out), "%v: %v %s", args, err, out)
 }
 
 // freePort returns a port that nobody listens on, each only once as long as a run needs fewer than 400: a server may be
@@ -539,7 +494,7 @@ func (r *redisServer) save() (bringBack func()) {
 	}
 }
 
-// do runs a command on a connection that the service does not know.
+// do runs a command on a connection that the service does not know. Its words may be in one text.
 func (r *redisServer) do(command string, args ...any) any { return must(r.try(command, args...)) }
 
 func (r *redisServer) try(command string, args ...any) (any, error) {
@@ -548,7 +503,8 @@ func (r *redisServer) try(command string, args ...any) (any, error) {
 		return nil, err
 	}
 	defer conn.Close()
-	return conn.Do(command, args...)
+	words := redis.Args{}.AddFlat(strings.Fields(command)).Add(args...)
+	return conn.Do(words[0].(string), words[1:]...)
 }
 
 // program returns the path of the first of these programs that is installed, or says what to install and ends the tests.
@@ -597,10 +553,9 @@ func pgCtl(open []*os.File, args ...string) {
 	}
 }
 
-// startPgBouncer starts a PgBouncer as Debian installs it before cfg's PostgreSQL, and returns cfg with its address. Lines
-// of its configuration may be added, as "pool_mode = transaction".
-func startPgBouncer(t testing.TB, cfg config, lines ...string) config {
-	t.Helper()
+// startPgBouncer starts a PgBouncer before cfg's PostgreSQL, and returns cfg with its address. The settings are added to
+// those of Debian's package.
+func startPgBouncer(t testing.TB, cfg config, settings string) config {
 	port := freePort()
 	file := filepath.Join(folder, "pgbouncer-"+port)
 	check(os.WriteFile(file, fmt.Appendf(nil, `[databases]
@@ -610,14 +565,12 @@ func startPgBouncer(t testing.TB, cfg config, lines ...string) config {
 		listen_port = %s
 		unix_socket_dir =
 		auth_type = any
-		%s`, cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, port, strings.Join(lines, "\n")), 0o644))
+		%s`, cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, port, settings), 0o644))
 	c := newChild(nil, program("pgbouncer"), "-q", file).unprivileged()
-	c.Stdout, c.Stderr = os.Stderr, os.Stderr
+	c.Stderr = os.Stderr
 	check(c.Start())
 	t.Cleanup(c.kill)
 	cfg.postgresHost, cfg.postgresPort = "127.0.0.1", port
-	db := psql(t, cfg)
-	eventually(t, "PgBouncer answers", func() bool { return db.Ping() == nil })
 	return cfg
 }
 
@@ -639,8 +592,9 @@ type line struct {
 }
 
 func startProxy(t testing.TB, target string, watch func(data []byte)) *proxy {
-	l, port := listen(t)
-	x := &proxy{port: port, ctx: t.Context(), watch: watch}
+	l := must(net.Listen("tcp", "127.0.0.1:0"))
+	t.Cleanup(func() { l.Close() })
+	x := &proxy{port: fmt.Sprint(l.Addr().(*net.TCPAddr).Port), ctx: t.Context(), watch: watch}
 	x.renew(target)
 	go func() {
 		for client, err := l.Accept(); err == nil; client, err = l.Accept() {
