@@ -147,7 +147,6 @@ type testServer struct {
 
 // alone returns a configuration with a database and a Redis of the test's own, so that it may run beside others.
 func alone(t *testing.T) (*redisServer, config) {
-	t.Helper()
 	t.Parallel()
 	return ownServers(t)
 }
@@ -155,7 +154,6 @@ func alone(t *testing.T) (*redisServer, config) {
 // ownServers does the same for a test that must not run beside others: one that stops PostgreSQL, for example. The
 // database is dropped when the test ends.
 func ownServers(t testing.TB) (*redisServer, config) {
-	t.Helper()
 	r, cfg := startRedis(t, testConfig())
 	admin := psql(t, cfg)
 	cfg.postgresDB = fmt.Sprintf("test_%d", databases.Add(1))
@@ -166,14 +164,12 @@ func ownServers(t testing.TB) (*redisServer, config) {
 
 // startAlone starts the service for a test that may run beside others.
 func startAlone(t *testing.T) *testServer {
-	t.Helper()
 	_, cfg := alone(t)
 	return startServer(t, cfg)
 }
 
 // startServer starts the service and waits until it is ready and trusts its cache.
 func startServer(t testing.TB, cfg config) *testServer {
-	t.Helper()
 	s := startReplica(t, cfg)
 	eventually(t, "the cache is trusted", s.cache.Trusted)
 	return s
@@ -287,7 +283,8 @@ func (s *testServer) trySend(method, path, body string, headers ...string) (a an
 	return answer{t: s.t, status: response.StatusCode, header: response.Header, body: string(text), closes: response.Close}, err
 }
 
-// want makes a request and fails the test unless the status is as given.
+// want makes a request and fails the test unless the status is as given. An error must be as RFC 9457 has it, and give
+// away nothing of the inside.
 func (s *testServer) want(status int, method, path, body string, headers ...string) answer {
 	s.t.Helper()
 	a := s.send(method, path, body, headers...)
@@ -296,20 +293,14 @@ func (s *testServer) want(status int, method, path, body string, headers ...stri
 	}
 	equal(s.t, "Cache-Control", a.header.Get("Cache-Control"), "no-cache")
 	if status >= 400 {
-		wantProblem(s.t, a)
+		var p problem
+		err := json.Unmarshal([]byte(a.body), &p)
+		ok := err == nil && p.Status == status && p.Title == http.StatusText(status) && p.Detail != ""
+		expect(s.t, ok && a.header.Get("Content-Type") == "application/problem+json", "%v %s", a.header, a.body)
+		inside := regexp.MustCompile(`pq:|SELECT|127\.0\.0\.1|goroutine|dial tcp`).FindString(a.body)
+		equal(s.t, "what the error gives away", inside, "")
 	}
 	return a
-}
-
-// wantProblem checks that an error is as RFC 9457 has it, and gives away nothing of the inside.
-func wantProblem(t testing.TB, a answer) {
-	t.Helper()
-	var p problem
-	err := json.Unmarshal([]byte(a.body), &p)
-	expect(t, err == nil && p.Status == a.status && p.Title == http.StatusText(a.status) && p.Detail != "" &&
-		a.header.Get("Content-Type") == "application/problem+json", "not a problem: %d %v %s", a.status, a.header, a.body)
-	inside := regexp.MustCompile(`pq:|SELECT|127\.0\.0\.1|goroutine|dial tcp`).FindString(a.body)
-	equal(t, "what the error gives away", inside, "")
 }
 
 // create makes a product and returns its path.
@@ -375,7 +366,6 @@ type process struct {
 
 // startProcess starts a program on a free port. None may leave a data race or a panic in its log.
 func startProcess(t testing.TB, path string, cfg config, env ...string) *process {
-	t.Helper()
 	port := freePort()
 	p := &process{testServer: &testServer{t: t, url: "http://127.0.0.1:" + port}, path: path, log: filepath.Join(t.TempDir(), "web.log")}
 	p.env = append([]string{"PORT=" + port, "POSTGRES_SSLMODE=disable", "POSTGRES_HOST=" + cfg.postgresHost, "POSTGRES_PORT=" + cfg.postgresPort,
@@ -393,7 +383,6 @@ func startProcess(t testing.TB, path string, cfg config, env ...string) *process
 
 // start starts it, or starts it again, and waits until it listens.
 func (p *process) start() {
-	p.t.Helper()
 	log := must(os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600))
 	defer log.Close()
 	p.child = newChild(p.env, p.path)
@@ -452,7 +441,6 @@ var stock = sync.OnceValue(func() chan *redisServer {
 
 // startRedis takes a Redis from the stock and returns a configuration that uses it.
 func startRedis(t testing.TB, cfg config) (*redisServer, config) {
-	t.Helper()
 	r := <-stock()
 	r.t = t
 	t.Cleanup(func() { r.kill() })
@@ -469,29 +457,21 @@ func (r *redisServer) launch() {
 
 // start starts it again.
 func (r *redisServer) start() {
-	r.t.Helper()
 	r.launch()
 	r.awaitAnswer()
 }
 
 func (r *redisServer) awaitAnswer() {
-	r.t.Helper()
 	eventually(r.t, "redis answers", func() bool {
 		_, err := r.try("PING") // an error while it loads a snapshot
 		return err == nil
 	})
 }
 
-// save returns what kills the server and brings it back as it is now.
-func (r *redisServer) save() (bringBack func()) {
-	r.do("SAVE")
-	file := filepath.Join(folder, r.port)
-	snapshot := must(os.ReadFile(file))
-	return func() {
-		r.kill()
-		check(os.WriteFile(file, snapshot, 0o600))
-		r.start()
-	}
+// restart kills it and starts it again, with what it saved last.
+func (r *redisServer) restart() {
+	r.kill()
+	r.start()
 }
 
 // do runs a command on a connection that the service does not know. Its words may be in one text.
@@ -611,8 +591,7 @@ func (x *proxy) serve(client net.Conn) {
 	if err != nil {
 		return
 	}
-	defer server.Close()
-	defer context.AfterFunc(li, func() { _, _ = client.Close(), server.Close() })()
+	context.AfterFunc(li, func() { _, _ = client.Close(), server.Close() })
 	go x.pass(li, server, client)
 	x.pass(li, client, server)
 }

@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -119,40 +120,37 @@ func TestTakenIDs(t *testing.T) {
 	equal(t, "rows", ask[int](db, `SELECT count(*) FROM products`), 601+60)
 }
 
-// TestIdleConnectionsDie ends the pool's connections while nobody uses them: no request notices.
-func TestIdleConnectionsDie(t *testing.T) {
+// useAfter changes something about the database again and again, with all connections of the pool open before, and fails
+// the test if any request notices.
+func useAfter(t *testing.T, rounds int, changes ...string) {
 	s := startAlone(t)
 	path := s.create(`{"name":"a","price":1}`)
 	db := psql(t, s.cfg)
-	for i := range 10 {
+	for _, change := range changes {
 		concurrently(poolSize(), func(int) { s.want(200, "GET", "/products?limit=1", "") })()
-		must(db.Exec(`SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-			WHERE datname = current_database() AND application_name = 'desafio3'
-			AND query NOT LIKE '%pg_trigger%' AND query NOT LIKE 'LISTEN%'`))
-		s.want(200, "PUT", path, fmt.Sprintf(`{"stock":%d}`, i))
-		s.want(201, "POST", "/products", `{"name":"b","price":1}`)
-		s.want(200, "GET", "/products?limit=1", "")
-	}
-	s.awaitHit(path)
-}
-
-// TestAlteredTable changes the type of columns under statements that are prepared already: every request goes through.
-func TestAlteredTable(t *testing.T) {
-	s := startAlone(t)
-	path := s.create(`{"name":"a","price":1}`)
-	db := psql(t, s.cfg)
-	for _, change := range []string{
-		"ALTER stock TYPE bigint", "ADD COLUMN brand text", "ALTER name TYPE varchar(300)", "ALTER price TYPE numeric(12, 2)",
-	} {
-		concurrently(poolSize(), func(int) { s.want(200, "GET", "/products?limit=1", "") })()
-		must(db.Exec("ALTER TABLE products " + change))
-		for i := range poolSize() {
+		must(db.Exec(change))
+		for i := range rounds {
 			s.want(200, "PUT", path, fmt.Sprintf(`{"stock":%d}`, i))
-			s.want(200, "GET", "/products?limit=1", "")
 			s.want(201, "POST", "/products", `{"name":"b","price":1}`)
+			s.want(200, "GET", "/products?limit=1", "")
 		}
 		within(t, s.awaitHit(path), 2*time.Second, "the return of the cache")
 	}
+}
+
+// TestIdleConnectionsDie ends the pool's connections while nobody uses them.
+func TestIdleConnectionsDie(t *testing.T) {
+	const end = `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+		WHERE datname = current_database() AND application_name = 'desafio3'
+		AND query NOT LIKE '%pg_trigger%' AND query NOT LIKE 'LISTEN%'`
+	useAfter(t, 1, slices.Repeat([]string{end}, 10)...)
+}
+
+// TestAlteredTable changes the type of columns under statements that are prepared already.
+func TestAlteredTable(t *testing.T) {
+	const alter = "ALTER TABLE products "
+	useAfter(t, poolSize(), alter+"ALTER stock TYPE bigint", alter+"ADD COLUMN brand text",
+		alter+"ALTER name TYPE varchar(300)", alter+"ALTER price TYPE numeric(12, 2)")
 }
 
 // TestUnspeakableDates has a table of an older version, with dates that JSON cannot express: they become the nearest

@@ -277,7 +277,7 @@ func (p *promise) search() {
 // oldSnapshot kills Redis and brings it back as it was before the latest writes. The connections of one replica, or of
 // all, are not closed but fall silent, as if a host had lost its power.
 func (p *promise) oldSnapshot() {
-	bringBack := p.redis.save()
+	p.redis.do("SAVE")
 	p.more("writes", 20)
 	all, one := rand.IntN(2) == 0, rand.IntN(len(p.proxies))
 	for i, proxy := range p.proxies {
@@ -285,7 +285,7 @@ func (p *promise) oldSnapshot() {
 			proxy.silence()
 		}
 	}
-	bringBack()
+	p.redis.restart()
 }
 
 // ordinaryLife restores a dump from before the latest writes and ends all idle connections: no request fails.
