@@ -34,13 +34,13 @@ import (
 //   - A number says little without a reference, since it depends on the machine. So there are two beside it. A bare
 //     handler writes the same bytes from memory: nothing that is written with net/http can be faster. And the textbook
 //     is plain cache-aside with the same libraries: it shows what it costs that the cache is never stale.
-//   - The programs are measured in turn, round by round, and the median of the rounds counts. Whatever else the
-//     machine does then affects all of them, so their ratio is much steadier than the numbers.
+//   - The programs are measured in turn, round by round, and all rounds count. Whatever else the machine does then
+//     affects all of them, so their ratio is much steadier than the numbers.
 //   - The processor time for a request is steadier still: it hardly depends on what else the machine does.
 //   - The load runs for a moment before it counts, so that connections are open and the cache is filled.
 //   - A wrong answer ends the measurement: errors are often faster than answers.
 
-// The rounds are those of -benchtime (-benchtime 3x). A part of the table: -bench Requests/products=8/cached/clients=64$.
+// The rounds are those of -benchtime (-benchtime 3x). A part of the table: -bench Requests/products=8$/list.
 var (
 	base     = os.Getenv("BASE") // the path of another build of the service, to compare with
 	logLevel = "LOG_LEVEL=" + cmp.Or(os.Getenv("LOG_LEVEL"), "warn")
@@ -70,19 +70,18 @@ func requests(method, path string, ids int) (all [][]byte) {
 	return all
 }
 
-// A measurement is what was found, by these names.
-type measurement [5]float64
+// clients is how many connections send requests at the same time.
+const clients = 64
 
-const (
-	perSecond = iota // answers
-	p50              // half of the requests had their answer within so many milliseconds
-	p99              // and 99 of 100 within so many
-	micros           // of processor time for a request
-	peak             // the most memory that the program has had since its start, in MiB
-)
+// A result is what was measured of a program, in all rounds.
+type result struct {
+	latencies []time.Duration
+	seconds   float64
+	busy      float64 // seconds of processor time
+}
 
-// measure puts the load on a program and returns what it found.
-func measure(p *process, s scenario, clients, seconds int) (m measurement) {
+// measure puts the load on a program and adds what it finds.
+func (m *result) measure(p *process, s scenario, seconds int) {
 	start := time.Now().Add(300 * time.Millisecond)
 	end := start.Add(time.Duration(seconds) * time.Second)
 	latencies := make([][]time.Duration, clients)
@@ -91,7 +90,7 @@ func measure(p *process, s scenario, clients, seconds int) (m measurement) {
 		defer conn.Close()
 		check(conn.SetDeadline(end.Add(time.Minute)))
 		in := bufio.NewReaderSize(conn, 16<<10)
-		var own []time.Duration
+		var own []time.Duration // not shared with other processors
 		for sent := time.Now(); sent.Before(end); sent = time.Now() {
 			exchange(conn, in, s.requests[rand.IntN(len(s.requests))])
 			if sent.After(start) {
@@ -101,15 +100,23 @@ func measure(p *process, s scenario, clients, seconds int) (m measurement) {
 		latencies[client] = own
 	})
 	time.Sleep(time.Until(start))
-	busy := processorTime(p.Process.Pid)
+	m.busy -= processorTime(p.Process.Pid)
 	time.Sleep(time.Until(end))
-	busy = processorTime(p.Process.Pid) - busy
+	m.busy += processorTime(p.Process.Pid)
 	wait()
-	all := slices.Sorted(slices.Values(slices.Concat(latencies...)))
-	n, ms := float64(len(all)), func(i int) float64 { return all[i].Seconds() * 1e3 }
-	m[perSecond], m[p50], m[p99] = n/float64(seconds), ms(len(all)/2), ms(len(all)*99/100)
-	m[micros], m[peak] = busy/n*1e6, peakMemory(p.Process.Pid)
-	return m
+	m.seconds += float64(seconds)
+	m.latencies = slices.Concat(m.latencies, slices.Concat(latencies...))
+}
+
+func (m *result) perSecond() float64 { return float64(len(m.latencies)) / m.seconds }
+
+// cells returns the result as a part of the table's line.
+func (m *result) cells(bare float64) string {
+	slices.Sort(m.latencies)
+	n := len(m.latencies)
+	ms := func(i int) float64 { return m.latencies[i].Seconds() * 1e3 }
+	cpu := m.busy / float64(n) * 1e6
+	return fmt.Sprintf("\t| %.0f\t%.3f\t%.2f\t%.1f\t%.2f", m.perSecond(), ms(n/2), ms(n*99/100), cpu, m.perSecond()/bare)
 }
 
 // exchange sends a request and reads the answer, and does no more than it must: the load generator shares the
@@ -135,13 +142,6 @@ func processorTime(pid int) float64 {
 	// The program's name, in brackets, is field 2. Fields 14 and 15 are utime and stime, in hundredths of a second.
 	fields := strings.Fields(stat[strings.LastIndex(stat, ")"):])
 	return float64(must(strconv.Atoi(fields[14-2]))+must(strconv.Atoi(fields[15-2]))) / 100
-}
-
-// peakMemory returns the most memory that a process has had so far, in MiB.
-func peakMemory(pid int) float64 {
-	status := string(must(os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))))
-	_, after, _ := strings.Cut(status, "VmHWM:")
-	return float64(must(strconv.Atoi(strings.Fields(after)[0]))) / 1024
 }
 
 // ---------------------------------------------------------------- the programs
@@ -268,9 +268,9 @@ func scenarios(products int) []scenario {
 // build of it.
 func BenchmarkRequests(b *testing.B) {
 	paths := binaries(b)
-	table := "products\t\tclients"
+	table := "products\t"
 	for _, name := range []string{"bare handler", "textbook", "desafio3", "base"}[:2+len(paths)] {
-		table += "\t| " + name + ", per second\tp50 ms\tp99 ms\tCPU µs\tpeak MiB\tratio"
+		table += "\t| " + name + ", per second\tp50 ms\tp99 ms\tCPU µs\tratio"
 	}
 	for _, products := range []int{8, 1000, 10_000, 100_000} {
 		b.Run(fmt.Sprintf("products=%d", products), func(b *testing.B) {
@@ -287,15 +287,13 @@ func BenchmarkRequests(b *testing.B) {
 			}
 			programs = append(programs, services...)
 			for _, s := range scenarios(products) {
-				for _, clients := range []int{1, 64, 256} {
-					b.Run(fmt.Sprintf("%s/clients=%d", s.name, clients), func(b *testing.B) {
-						if s.emptied {
-							go emptyRedis(b, r)
-						}
-						cells := compare(b, programs, s, clients, max(1, products/10_000))
-						table += fmt.Sprintf("\n%d\t%s\t%d%s", products, s.name, clients, cells)
-					})
-				}
+				b.Run(s.name, func(b *testing.B) {
+					if s.emptied {
+						go emptyRedis(b, r)
+					}
+					cells := compare(b, programs, s, max(1, products/10_000))
+					table += fmt.Sprintf("\n%d\t%s%s", products, s.name, cells)
+				})
 			}
 		})
 	}
@@ -311,35 +309,23 @@ func emptyRedis(b *testing.B, r *redisServer) {
 	}
 }
 
-// compare measures programs in turn, round by round, and returns the cells with their medians.
-func compare(b *testing.B, programs []*process, s scenario, clients, seconds int) (cells string) {
-	rounds := make([][]measurement, len(programs))
+// compare measures programs in turn, round by round, and returns their cells.
+func compare(b *testing.B, programs []*process, s scenario, seconds int) (cells string) {
+	results := make([]result, len(programs))
 	for round := 0; b.Loop(); round++ {
 		for i := range programs {
 			i = (i + round) % len(programs) // so that each is first in turn
 			if i != 1 || s.textbook {
-				rounds[i] = append(rounds[i], measure(programs[i], s, clients, seconds))
+				results[i].measure(programs[i], s, seconds)
 			}
 		}
 	}
-	bare := medians(rounds[0])
-	for _, measurements := range rounds {
-		if measurements == nil {
-			cells += strings.Repeat("\t", 6)
-			continue
+	for _, m := range results {
+		if m.latencies == nil {
+			cells += "\t|\t\t\t\t"
+		} else {
+			cells += m.cells(results[0].perSecond())
 		}
-		m := medians(measurements)
-		cells += fmt.Sprintf("\t| %.0f\t%.3f\t%.2f\t%.1f\t%.1f\t%.2f", m[perSecond], m[p50], m[p99], m[micros], m[peak],
-			m[perSecond]/bare[perSecond])
 	}
 	return cells
-}
-
-// medians returns the median of each figure.
-func medians(rounds []measurement) (median measurement) {
-	for figure := range median {
-		slices.SortFunc(rounds, func(a, b measurement) int { return cmp.Compare(a[figure], b[figure]) })
-		median[figure] = rounds[len(rounds)/2][figure]
-	}
-	return median
 }
