@@ -34,7 +34,6 @@ const stockKey = "products:1"
 var stockKeys = []string{keyAll, stockKey}
 
 func newBench(t *testing.T) *bench {
-	t.Helper()
 	r, cfg := alone(t)
 	proxy := startProxy(t, net.JoinHostPort(cfg.redisHost, cfg.redisPort), nil)
 	cfg.redisPort = proxy.port
@@ -79,7 +78,6 @@ func (be *bench) awaitHit(s *testServer, want int) (took time.Duration) {
 
 // awaitSeen waits until both replicas return a stock that another session has set.
 func (be *bench) awaitSeen(stock int) {
-	be.t.Helper()
 	for _, s := range []*testServer{be.a, be.b} {
 		eventually(be.t, fmt.Sprintf("the stock is %d", stock), func() bool {
 			got, _, err := s.cache.Get(be.t.Context(), stockKey, be.load)
@@ -121,7 +119,6 @@ func (h hold) here() {
 
 // await returns when the goroutine is there.
 func (h hold) await(t *testing.T) {
-	t.Helper()
 	select {
 	case <-h:
 	case <-time.After(15 * time.Second):
@@ -324,7 +321,6 @@ func TestJoinOnlyLaterLookups(t *testing.T) {
 
 // awaitWaiting waits until a lookup waits behind one that runs in replica a.
 func (be *bench) awaitWaiting() {
-	be.t.Helper()
 	eventually(be.t, "a lookup waits", func() bool {
 		lookups := &be.a.cache.lookups
 		lookups.mu.Lock()
@@ -536,18 +532,6 @@ func TestChangeWhileListenerIsCut(t *testing.T) {
 	must(db.Exec(`UPDATE pg_database SET datallowconn = true WHERE datname = current_database()`))
 	be.awaitHit(be.a, 1)
 	be.awaitHit(be.b, 1)
-}
-
-// While there is no Redis, the listener's connection is still looked after.
-func TestListenerWithoutRedis(t *testing.T) {
-	be := newBench(t)
-	be.redis.kill()
-	db := psql(t, be.cfg)
-	const pids = `SELECT coalesce(string_agg(pid::text, ' ' ORDER BY pid), '') ` + listeners
-	before := ask[string](db, pids)
-	equal(t, "the number of listeners in "+before, len(strings.Fields(before)), 2)
-	time.Sleep(3 * time.Second) // longer than it waits for an answer
-	equal(t, "who listens", ask[string](db, pids), before)
 }
 
 // A connection breaks in the middle of a batch of commands: those before were answered, and only the others fail.

@@ -71,6 +71,11 @@ func TestRedisFails(t *testing.T) {
 	r.kill()
 	s.everything()
 	gone()
+	// Without Redis the listener's connection is still checked, and kept.
+	db := psql(t, cfg)
+	before := ask[int](db, `SELECT min(pid) `+listeners)
+	time.Sleep(3 * time.Second) // longer than it waits for an answer
+	equal(t, "who listens", ask[int](db, `SELECT min(pid) `+listeners), before)
 	r.start()
 	back(settleTime + 3*time.Second)
 

@@ -427,21 +427,19 @@ type redisServer struct {
 
 // stock holds a few Redis servers for the next tests. A service does not use a Redis before it has been up for a while,
 // and these have been when a test takes one.
-var stock = sync.OnceValue(func() chan *redisServer {
-	stock := make(chan *redisServer, 12)
-	go func() {
-		for {
-			r := &redisServer{port: freePort()}
-			r.launch()
-			stock <- r
-		}
-	}()
-	return stock
-})
+var stock = make(chan *redisServer, 12)
+
+func fillStock() {
+	for {
+		r := &redisServer{port: freePort()}
+		r.launch()
+		stock <- r
+	}
+}
 
 // startRedis takes a Redis from the stock and returns a configuration that uses it.
 func startRedis(t testing.TB, cfg config) (*redisServer, config) {
-	r := <-stock()
+	r := <-stock
 	r.t = t
 	t.Cleanup(func() { r.kill() })
 	r.awaitAnswer()
@@ -487,24 +485,22 @@ func (r *redisServer) try(command string, args ...any) (any, error) {
 	return conn.Do(words[0].(string), words[1:]...)
 }
 
-// program returns the path of the first of these programs that is installed, or says what to install and ends the tests.
+// program returns the path of the first of these programs that is installed, or ends the tests.
 func program(names ...string) string {
 	for _, name := range names {
 		if path, err := exec.LookPath(name); err == nil {
 			return path
 		}
 	}
-	const packages = "postgresql redis pgbouncer"
-	fmt.Printf("%s is missing: apt-get install %s, or brew install %s\n", strings.Join(names, " or "), packages, packages)
-	os.Exit(1)
-	return ""
+	panic(strings.Join(names, " or ") + " is missing: install postgresql, redis and pgbouncer with apt-get or brew")
 }
 
 func redisProgram() string { return program("redis-server", "valkey-server") }
 
 // makePostgres makes the tests' PostgreSQL, with a password, and starts it, if all servers are installed.
 var makePostgres = sync.OnceFunc(func() {
-	_, _ = redisProgram(), program("pgbouncer")
+	program("pgbouncer")
+	go fillStock()
 	password := filepath.Join(folder, "password")
 	check(os.WriteFile(password, []byte(os.Getenv("POSTGRES_PASSWORD")), 0o644))
 	// Killed halfway, this would leave shared memory behind. So the guard waits for its end, too.
