@@ -28,7 +28,7 @@ func (s *testServer) wantHealth(code int, status, database, cache string) {
 	s.t.Helper()
 	want := fmt.Sprintf(`{"status":%q,"database":%q,"cache":%q,`, status, database, cache)
 	eventually(s.t, "health says "+want, func() bool {
-		a := s.send("GET", "/health", "")
+		a := must(s.send("GET", "/health", ""))
 		within(s.t, a.took, 2*time.Second, "GET /health")
 		return a.status == code && strings.HasPrefix(a.body, want)
 	})
@@ -36,7 +36,6 @@ func (s *testServer) wantHealth(code int, status, database, cache string) {
 
 // everything uses every endpoint as if nothing were wrong, but for /cache/clear, and returns the slowest answer.
 func (s *testServer) everything() (slowest time.Duration) {
-	s.t.Helper()
 	path := s.create(`{"name":"a","price":1}`)
 	for _, get := range []string{"/", "/services", "/stats", "/products", "/products?limit=5", path} {
 		slowest = max(slowest, s.want(200, "GET", get, "").took)
@@ -107,7 +106,6 @@ func TestSnapshotFails(t *testing.T) {
 
 // wantBypass gives the service time to win trust in a Redis, and checks that everything works without it.
 func (s *testServer) wantBypass() {
-	s.t.Helper()
 	for range 3 {
 		time.Sleep(2 * heartbeat)
 		within(s.t, s.everything(), 2*time.Second, "a request")
@@ -180,11 +178,11 @@ func TestPostgresFails(t *testing.T) {
 
 	startPostgres()
 	back := time.Now()
-	eventually(t, "a write works", func() bool { return s.send("PUT", path, `{"stock":2}`).status == 200 })
+	eventually(t, "a write works", func() bool { return must(s.send("PUT", path, `{"stock":2}`)).status == 200 })
 	s.awaitHit(path)
 	within(t, time.Since(back), 2*time.Second, "the return")
 	s.wantHealth(200, "healthy", "connected", "connected")
-	s.send("GET", path, "").contains(`"stock":2`)
+	s.want(200, "GET", path, "").contains(`"stock":2`)
 }
 
 // TestPostgresSilent has a PostgreSQL that accepts connections and does not answer, since the start of the service or
@@ -208,7 +206,7 @@ func TestPostgresSilent(t *testing.T) {
 		// The keys of the writes whose outcome nobody knows stay empty until their marks expire; a new product has none.
 		path := ""
 		eventually(t, "a write works", func() bool {
-			path = s.send("POST", "/products", `{"name":"b","price":1}`).header.Get("Location")
+			path = must(s.send("POST", "/products", `{"name":"b","price":1}`)).header.Get("Location")
 			return path != ""
 		})
 		s.awaitHit(path)
@@ -220,7 +218,6 @@ func TestPostgresSilent(t *testing.T) {
 
 // wantAllUnavailable sends what needs PostgreSQL, all at once, and wants an error that says so, within a limit.
 func wantAllUnavailable(t *testing.T, s *testServer, limit time.Duration) {
-	t.Helper()
 	requests := []struct{ method, path, body string }{
 		{"GET", "/products", ""}, {"GET", "/products/1", ""}, {"GET", "/products?limit=1", ""}, {"GET", "/stats", ""},
 		{"POST", "/products", `{"name":"silent#","price":1}`}, {"PUT", "/products/1", `{"stock":1}`},
@@ -272,7 +269,6 @@ func TestLockedRow(t *testing.T) {
 
 // awaitLock waits until a statement waits for a lock.
 func awaitLock(t *testing.T, db *sql.DB) {
-	t.Helper()
 	eventually(t, "a statement waits", func() bool {
 		return ask[bool](db, `SELECT count(*) = 1 FROM pg_stat_activity
 			WHERE datname = current_database() AND wait_event_type = 'Lock'`)
@@ -328,7 +324,7 @@ func TestDrain(t *testing.T) {
 	wait()
 	eventually(t, "no connection is accepted", func() bool {
 		time.Sleep(quietTime + 100*time.Millisecond) // each try is a new connection, for which the service goes on
-		_, err := p.trySend("GET", "/", "")
+		_, err := p.send("GET", "/", "")
 		return errors.Is(err, syscall.ECONNREFUSED)
 	})
 	endPost()
@@ -467,16 +463,8 @@ func TestPing(t *testing.T) {
 	wantExit(t, 2, "usage", web, nil, "serve")
 	wantExit(t, 2, "^PORT must be .*\n$", web, []string{"PORT=http"})
 
-	interrupted := newChild(nil, ping, "-c", "100", address)
-	out := must(interrupted.StdoutPipe())
-	check(interrupted.Start())
-	first := make([]byte, 100)
-	n := must(out.Read(first))
-	interrupted.signal(syscall.SIGINT)
-	text := string(first[:n]) + string(must(io.ReadAll(out)))
-	tries := strings.Count(text, "connected to")
-	expect(t, strings.HasSuffix(text, fmt.Sprintf("\n%d tries, %d connected\n", tries, tries)), "interrupted: %s", text)
-	equal(t, "the exit", interrupted.Wait(), nil)
+	const interrupt = `"$0" -c 100 "$1" & sleep 2; kill $!; wait $!` // after one try, two or three
+	wantExit(t, 0, `try=(1 .*\n1 tries, 1|2 .*\n2 tries, 2|3 .*\n3 tries, 3) connected\n$`, "sh", nil, "-c", interrupt, ping, address)
 }
 
 // A waiter is the context of a request, and counts how often somebody waits for its end: Cache.Get does so once.
@@ -508,7 +496,6 @@ func TestHerd(t *testing.T) {
 	s := startServer(t, cfg)
 	path := s.create(`{"name":"a","price":1}`)
 	herd := func(status int, path string, sources ...source) {
-		t.Helper()
 		queries.Store(0)
 		waiting.Store(0)
 		tx := lock(db, `LOCK TABLE products`)

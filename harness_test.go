@@ -254,17 +254,7 @@ func (a answer) contains(text string) {
 }
 
 // send makes a request; a body is sent as JSON. Headers come in pairs.
-func (s *testServer) send(method, path, body string, headers ...string) answer {
-	s.t.Helper()
-	a, err := s.trySend(method, path, body, headers...)
-	if err != nil {
-		s.t.Fatalf("%s %s: %v", method, path, err)
-	}
-	return a
-}
-
-// trySend is send for the goroutines of a test, which may not end it.
-func (s *testServer) trySend(method, path, body string, headers ...string) (a answer, err error) {
+func (s *testServer) send(method, path, body string, headers ...string) (a answer, err error) {
 	began := time.Now()
 	defer func() { a.took = time.Since(began) }()
 	r := must(http.NewRequest(method, s.url+path, strings.NewReader(body)))
@@ -287,7 +277,7 @@ func (s *testServer) trySend(method, path, body string, headers ...string) (a an
 // away nothing of the inside.
 func (s *testServer) want(status int, method, path, body string, headers ...string) answer {
 	s.t.Helper()
-	a := s.send(method, path, body, headers...)
+	a := must(s.send(method, path, body, headers...))
 	if a.status != status {
 		s.t.Fatalf("%s %s %s: got %d, want %d: %s", method, path, body, a.status, status, a.body)
 	}
@@ -320,7 +310,7 @@ func (s *testServer) wantSource(from source, path string) string {
 // awaitHit waits until the cache answers a read, and returns how long that took.
 func (s *testServer) awaitHit(path string) time.Duration {
 	s.t.Helper()
-	return eventually(s.t, "a hit of "+path, func() bool { return s.send("GET", path, "").source() == hit })
+	return eventually(s.t, "a hit of "+path, func() bool { return must(s.send("GET", path, "")).source() == hit })
 }
 
 // A child is a process that a test starts, in the tests' environment with what is added to it. It is the service where
@@ -389,7 +379,7 @@ func (p *process) start() {
 	p.Stdout, p.Stderr = log, log
 	check(p.Start())
 	eventually(p.t, "the service listens", func() bool {
-		_, err := p.trySend("GET", "/", "")
+		_, err := p.send("GET", "/", "")
 		return err == nil
 	})
 }

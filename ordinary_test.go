@@ -17,8 +17,7 @@ import (
 // rightWithin reads a path until it says a text, and fails the test if that takes longer than a limit. From then on
 // every read must say it, also when the cache answers again.
 func (s *testServer) rightWithin(limit time.Duration, path, says string) {
-	s.t.Helper()
-	took := eventually(s.t, says, func() bool { return strings.Contains(s.send("GET", path, "").body, says) })
+	took := eventually(s.t, says, func() bool { return strings.Contains(must(s.send("GET", path, "")).body, says) })
 	within(s.t, took, limit, "the right answer")
 	eventually(s.t, "a hit", func() bool {
 		a := s.want(200, "GET", path, "")
@@ -107,7 +106,7 @@ func TestTakenIDs(t *testing.T) {
 				FROM generate_series(1, 200) AS n, (SELECT coalesce(max(id), 0) AS last FROM products) AS ids` + more + `
 			) AS taken`))
 		concurrently(20, func(int) {
-			a, err := s.trySend("POST", "/products", `{"name":"a","price":1}`)
+			a, err := s.send("POST", "/products", `{"name":"a","price":1}`)
 			expect(t, err == nil && a.status == 201, "%d %s %v", a.status, a.body, err)
 		})()
 	}
@@ -314,9 +313,7 @@ func TestEnvironmentOfLibpq(t *testing.T) {
 		"PGTARGETSESSIONATTRS=standby", proxy)
 	p.wantHealth(200, "healthy", "connected", "connected")
 	p.create(`{"name":"a","price":1}`)
-	for _, address := range []string{"0.0.0.0", "::", "localhost."} { // Go's own exception from proxies has no dot
-		wantExit(t, 0, "^200 OK\n$", p.path, append(p.env, proxy, "BIND_ADDRESS="+address), "health")
-	}
+	wantExit(t, 0, "^200 OK\n$", p.path, append(p.env, proxy, "BIND_ADDRESS=0.0.0.0"), "health")
 }
 
 // psqlDump returns what pg_dump makes of a database, to be restored over it.
