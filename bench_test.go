@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -146,17 +147,14 @@ func processorTime(pid int) float64 {
 
 // ---------------------------------------------------------------- the programs
 
-// binaries returns the paths of what is compared: the service, built as the Dockerfile does, and BASE.
-func binaries(b *testing.B) []string {
+// buildService builds the service as the Dockerfile does, and returns the path.
+func buildService(b *testing.B) string {
 	path := filepath.Join(b.TempDir(), "service")
 	cmd := exec.Command("go", "build", "-trimpath", "-tags", "nethttpomithttp2", "-ldflags", "-s -w", "-o", path, ".")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	cmd.Stderr = os.Stderr
 	check(cmd.Run())
-	if base == "" {
-		return []string{path}
-	}
-	return []string{path, base}
+	return path
 }
 
 // catalogue makes a database with so many products, and a Redis.
@@ -180,9 +178,9 @@ func init() {
 	}
 }
 
-// bareHandler asks the service once for each body, and from then on writes the same bytes from memory.
+// bareHandler gets each body once, and from then on writes the same bytes from memory.
 func bareHandler() http.Handler {
-	service := &testServer{url: os.Getenv("SERVICE")}
+	service := newServer(must(configure(os.Getenv))).handler()
 	var bodies sync.Map
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		path, status := r.URL.RequestURI(), http.StatusOK
@@ -192,7 +190,9 @@ func bareHandler() http.Handler {
 		_, _ = io.Copy(io.Discard, r.Body)
 		body, known := bodies.Load(path)
 		if !known {
-			body, _ = bodies.LoadOrStore(path, []byte(must(service.send("GET", path, "")).body))
+			answer := httptest.NewRecorder()
+			service.ServeHTTP(answer, httptest.NewRequest("GET", path, nil))
+			body, _ = bodies.LoadOrStore(path, answer.Body.Bytes())
 		}
 		respond(w, status, "application/json", body.([]byte))
 	})
@@ -201,12 +201,12 @@ func bareHandler() http.Handler {
 // textbook is cache-aside as tutorials have it: GET, on a miss a query and SETEX, and after a change DEL. Its pools are as
 // large as the service's and its statements are the same, but it has no leases, no marks and no pipelining.
 func textbook() http.Handler {
-	db := must(sql.Open("postgres", os.ExpandEnv(`host=$POSTGRES_HOST port=$POSTGRES_PORT dbname=$POSTGRES_DB
-		user=$POSTGRES_USER password='$POSTGRES_PASSWORD' sslmode=disable binary_parameters=yes application_name=desafio3`)))
+	cfg := must(configure(os.Getenv))
+	db := must(sql.Open("postgres", dataSource(cfg)))
 	db.SetMaxOpenConns(poolSize())
 	db.SetMaxIdleConns(poolSize())
 	pool := &redis.Pool{MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, Dial: func() (redis.Conn, error) {
-		return redis.Dial("tcp", os.ExpandEnv("$REDIS_HOST:$REDIS_PORT"))
+		return redis.Dial("tcp", net.JoinHostPort(cfg.redisHost, cfg.redisPort))
 	}}
 	row := func(r *http.Request, statement string, args ...any) ([]byte, error) {
 		var p product
@@ -267,25 +267,25 @@ func scenarios(products int) []scenario {
 // BenchmarkRequests prints the table: for each scenario the references, the service and, if BASE names one, another
 // build of it.
 func BenchmarkRequests(b *testing.B) {
-	paths := binaries(b)
+	names := []string{"bare handler", "textbook", "desafio3", "base"}
+	paths := []string{"/proc/self/exe", "/proc/self/exe", buildService(b), base}
+	if base == "" {
+		names, paths = names[:3], paths[:3]
+	}
 	table := "products\t"
-	for _, name := range []string{"bare handler", "textbook", "desafio3", "base"}[:2+len(paths)] {
+	for _, name := range names {
 		table += "\t| " + name + ", per second\tp50 ms\tp99 ms\tCPU µs\tratio"
 	}
 	for _, products := range []int{8, 1000, 10_000, 100_000} {
 		b.Run(fmt.Sprintf("products=%d", products), func(b *testing.B) {
 			r, cfg := catalogue(b, products)
-			var services, programs []*process
-			for _, path := range paths {
-				p := startProcess(b, path, cfg, logLevel)
-				p.awaitHit("/products/1")
-				services = append(services, p)
+			var programs []*process
+			for i, path := range paths {
+				programs = append(programs, startProcess(b, path, cfg, logLevel, "REFERENCE="+names[i]))
 			}
-			for _, name := range []string{"bare handler", "textbook"} {
-				p := startProcess(b, "/proc/self/exe", cfg, "REFERENCE="+name, "SERVICE="+services[0].url)
-				programs = append(programs, p)
+			for _, service := range programs[2:] {
+				service.awaitHit("/products/1")
 			}
-			programs = append(programs, services...)
 			for _, s := range scenarios(products) {
 				b.Run(s.name, func(b *testing.B) {
 					if s.emptied {

@@ -6,7 +6,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"slices"
 	"strings"
@@ -35,8 +34,7 @@ var stockKeys = []string{keyAll, stockKey}
 
 func newBench(t *testing.T) *bench {
 	r, cfg := alone(t)
-	proxy := startProxy(t, net.JoinHostPort(cfg.redisHost, cfg.redisPort), nil)
-	cfg.redisPort = proxy.port
+	proxy := startProxy(t, &cfg.redisPort, nil)
 	be := &bench{t: t, cfg: cfg, redis: r, proxy: proxy, a: startServer(t, cfg), b: startServer(t, cfg)}
 	equal(t, "the product", be.a.create(`{"name":"a","price":1,"stock":0}`), "/products/1")
 	return be
@@ -290,16 +288,15 @@ func TestFailedWrites(t *testing.T) {
 
 // A process is paused after its announcement for longer than its statement may wait: it does not send it any more.
 func TestPausedWriter(t *testing.T) {
-	r, cfg := alone(t)
+	_, cfg := alone(t)
 	var p *process
 	var armed atomic.Bool
-	proxy := startProxy(t, "127.0.0.1:"+r.port, func(chunk []byte) {
+	startProxy(t, &cfg.redisPort, func(chunk []byte) {
 		if bytes.Contains(chunk, []byte("ZADD")) && armed.CompareAndSwap(true, false) {
 			p.signal(syscall.SIGSTOP)
 			time.AfterFunc(sendTimeout+100*time.Millisecond, func() { p.signal(syscall.SIGCONT) })
 		}
 	})
-	cfg.redisPort = proxy.port
 	p = startProcess(t, os.Args[0], cfg)
 	p.awaitHit("/products")
 	path := p.create(`{"name":"a","price":1}`)
@@ -452,7 +449,7 @@ func TestUnreachableRedisUnderWriter(t *testing.T) {
 	be.proxy.lead("")
 	be.write(be.b, setStock(1))
 	be.awaitSeen(1)
-	be.proxy.lead("127.0.0.1:" + be.redis.port)
+	be.proxy.lead(be.proxy.target)
 	be.awaitHit(be.a, 1)
 	be.awaitHit(be.b, 1)
 }

@@ -37,10 +37,10 @@ func TestMain(m *testing.M) {
 	if os.Getenv("DESAFIO3_RUN") != "" {
 		os.Exit(run(os.Args))
 	}
+	check(flag.Set("test.parallel", "6")) // a default: most tests wait most of the time, on any number of processors
 	flag.Parse()
-	setDefault("test.parallel", "6") // most tests wait most of the time, on any number of processors
-	if testing.Short() {
-		setDefault("test.run", "^(TestUnit|Fuzz)")
+	if names := flag.Lookup("test.run").Value; testing.Short() && names.String() == "" {
+		check(names.Set("^(TestUnit|Fuzz)"))
 	}
 	slog.SetDefault(slog.New(slog.DiscardHandler))
 	setEnvironment()
@@ -52,13 +52,6 @@ func TestMain(m *testing.M) {
 	m.Run()
 	check(alive.Close())
 	_ = guard.Wait() // it kills itself, too
-}
-
-// setDefault sets a flag that the command line does not set.
-func setDefault(name, value string) {
-	if f := flag.Lookup(name); f.Value.String() == f.DefValue {
-		check(f.Value.Set(value))
-	}
 }
 
 // setEnvironment replaces the developer's environment, in which there may be other servers and passwords. Only what Go
@@ -142,7 +135,9 @@ type testServer struct {
 	*server
 	t         testing.TB
 	url       string
-	stopCache func() // ends cache.Run
+	stopCache func()       // ends cache.Run
+	redis     *redisServer // of a server that startAlone has started, as the next one
+	psql      *sql.DB
 }
 
 // alone returns a configuration with a database and a Redis of the test's own, so that it may run beside others.
@@ -164,8 +159,10 @@ func ownServers(t testing.TB) (*redisServer, config) {
 
 // startAlone starts the service for a test that may run beside others.
 func startAlone(t *testing.T) *testServer {
-	_, cfg := alone(t)
-	return startServer(t, cfg)
+	r, cfg := alone(t)
+	s := startServer(t, cfg)
+	s.redis, s.psql = r, psql(t, cfg)
+	return s
 }
 
 // startServer starts the service and waits until it is ready and trusts its cache.
@@ -351,21 +348,22 @@ type process struct {
 	*testServer
 	path string
 	env  []string
-	log  string // a file
+	log  *os.File
 }
 
 // startProcess starts a program on a free port. None may leave a data race or a panic in its log.
 func startProcess(t testing.TB, path string, cfg config, env ...string) *process {
 	port := freePort()
-	p := &process{testServer: &testServer{t: t, url: "http://127.0.0.1:" + port}, path: path, log: filepath.Join(t.TempDir(), "web.log")}
-	p.env = append([]string{"PORT=" + port, "POSTGRES_SSLMODE=disable", "POSTGRES_HOST=" + cfg.postgresHost, "POSTGRES_PORT=" + cfg.postgresPort,
-		"POSTGRES_DB=" + cfg.postgresDB, "REDIS_HOST=" + cfg.redisHost, "REDIS_PORT=" + cfg.redisPort}, env...)
+	p := &process{testServer: &testServer{t: t, url: "http://127.0.0.1:" + port}, path: path}
+	p.env = append([]string{"PORT=" + port, "POSTGRES_SSLMODE=disable", "POSTGRES_PORT=" + cfg.postgresPort,
+		"POSTGRES_DB=" + cfg.postgresDB, "REDIS_PORT=" + cfg.redisPort}, env...)
+	p.log = must(os.Create(filepath.Join(t.TempDir(), "web.log")))
 	t.Cleanup(func() {
 		p.kill()
-		log := must(os.ReadFile(p.log))
-		if t.Failed() || bytes.Contains(log, []byte("DATA RACE")) || bytes.Contains(log, []byte("panic")) {
-			t.Errorf("the end of the log of %s:\n%s", p.url, log[max(0, len(log)-5000):])
-		}
+		check(p.log.Close())
+		log := must(os.ReadFile(p.log.Name()))
+		clean := !bytes.Contains(log, []byte("DATA RACE")) && !bytes.Contains(log, []byte("panic"))
+		expect(t, clean && !t.Failed(), "the end of the log of %s:\n%s", p.url, log[max(0, len(log)-5000):])
 	})
 	p.start()
 	return p
@@ -373,10 +371,8 @@ func startProcess(t testing.TB, path string, cfg config, env ...string) *process
 
 // start starts it, or starts it again, and waits until it listens.
 func (p *process) start() {
-	log := must(os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600))
-	defer log.Close()
 	p.child = newChild(p.env, p.path)
-	p.Stdout, p.Stderr = log, log
+	p.Stdout, p.Stderr = p.log, p.log
 	check(p.Start())
 	eventually(p.t, "the service listens", func() bool {
 		_, err := p.send("GET", "/", "")
@@ -433,20 +429,15 @@ func startRedis(t testing.TB, cfg config) (*redisServer, config) {
 	r.t = t
 	t.Cleanup(func() { r.kill() })
 	r.awaitAnswer()
-	cfg.redisHost, cfg.redisPort = "127.0.0.1", r.port
+	cfg.redisPort = r.port
 	return r, cfg
 }
 
 // launch starts it, and does not wait for it.
 func (r *redisServer) launch() {
-	r.child = newChild(nil, redisProgram(), "--port", r.port, "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--dbfilename", r.port)
+	r.child = newChild(nil, program("redis-server", "valkey-server"),
+		"--port", r.port, "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--dbfilename", r.port)
 	check(r.Start())
-}
-
-// start starts it again.
-func (r *redisServer) start() {
-	r.launch()
-	r.awaitAnswer()
 }
 
 func (r *redisServer) awaitAnswer() {
@@ -459,7 +450,8 @@ func (r *redisServer) awaitAnswer() {
 // restart kills it and starts it again, with what it saved last.
 func (r *redisServer) restart() {
 	r.kill()
-	r.start()
+	r.launch()
+	r.awaitAnswer()
 }
 
 // do runs a command on a connection that the service does not know. Its words may be in one text.
@@ -484,8 +476,6 @@ func program(names ...string) string {
 	}
 	panic(strings.Join(names, " or ") + " is missing: install postgresql, redis and pgbouncer with apt-get or brew")
 }
-
-func redisProgram() string { return program("redis-server", "valkey-server") }
 
 // makePostgres makes the tests' PostgreSQL, with a password, and starts it, if all servers are installed.
 var makePostgres = sync.OnceFunc(func() {
@@ -536,17 +526,17 @@ func startPgBouncer(t testing.TB, cfg config, settings string) config {
 	c.Stderr = os.Stderr
 	check(c.Start())
 	t.Cleanup(c.kill)
-	cfg.postgresHost, cfg.postgresPort = "127.0.0.1", port
+	cfg.postgresPort = port
 	return cfg
 }
 
 // A proxy stands between the service and a server. It can let connections fall silent, which keeps what is sent until
 // they speak again, cut them, and lead new ones to another server.
 type proxy struct {
-	port  string
-	ctx   context.Context      // ends with the test
-	watch func(data []byte)    // sees what is passed on; it may take its time, and change it
-	line  atomic.Pointer[line] // of new connections
+	target string
+	ctx    context.Context      // ends with the test
+	watch  func(data []byte)    // sees what is passed on; it may take its time, and change it
+	line   atomic.Pointer[line] // of new connections
 }
 
 // A line is what connections share that were accepted between two changes of a proxy.
@@ -557,16 +547,18 @@ type line struct {
 	silent          atomic.Bool
 }
 
-func startProxy(t testing.TB, target string, watch func(data []byte)) *proxy {
+// startProxy starts a proxy before the server at a port of this machine, and replaces the port by its own.
+func startProxy(t testing.TB, port *string, watch func(data []byte)) *proxy {
 	l := must(net.Listen("tcp", "127.0.0.1:0"))
 	t.Cleanup(func() { l.Close() })
-	x := &proxy{port: fmt.Sprint(l.Addr().(*net.TCPAddr).Port), ctx: t.Context(), watch: watch}
-	x.renew(target)
+	x := &proxy{target: "127.0.0.1:" + *port, ctx: t.Context(), watch: watch}
+	x.renew(x.target)
 	go func() {
 		for client, err := l.Accept(); err == nil; client, err = l.Accept() {
 			go x.serve(client)
 		}
 	}()
+	*port = fmt.Sprint(l.Addr().(*net.TCPAddr).Port)
 	return x
 }
 

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"slices"
@@ -50,12 +49,12 @@ func TestBehindTheTrigger(t *testing.T) {
 			if name == "dump" {
 				pgTool(s.cfg, dump, "psql", "-v", "ON_ERROR_STOP=1")
 			} else {
-				must(psql(t, s.cfg).Exec(fmt.Sprintf(change, `UPDATE products SET stock = 7`)))
+				must(s.psql.Exec(fmt.Sprintf(change, `UPDATE products SET stock = 7`)))
 			}
 			s.rightWithin(1500*time.Millisecond, path, `"stock":7`)
 			s.rightWithin(1500*time.Millisecond, "/products", `"stock":7`)
 			// Later changes are reported again.
-			must(psql(t, s.cfg).Exec(`UPDATE products SET stock = 8`))
+			must(s.psql.Exec(`UPDATE products SET stock = 8`))
 			s.rightWithin(1500*time.Millisecond, path, `"stock":8`)
 			s.create(`{"name":"b","price":1}`)
 		})
@@ -67,7 +66,7 @@ func TestDroppedTable(t *testing.T) {
 	s := startAlone(t)
 	s.create(`{"name":"a","price":1}`)
 	s.awaitHit("/products")
-	must(psql(t, s.cfg).Exec(`DROP TABLE products`))
+	must(s.psql.Exec(`DROP TABLE products`))
 	s.rightWithin(2*time.Second, "/products", `"count":0`)
 	s.wantHealth(200, "healthy", "connected", "connected")
 	s.create(`{"name":"b","price":1}`)
@@ -83,11 +82,10 @@ func TestDroppedTable(t *testing.T) {
 // TestRoleWithoutPrivileges uses a database in which everything is there and nothing may be created.
 func TestRoleWithoutPrivileges(t *testing.T) {
 	s := startAlone(t)
-	db := psql(t, s.cfg)
 	role := s.cfg.postgresDB + "_role"
-	must(db.Exec(fmt.Sprintf(`CREATE ROLE %[1]s LOGIN PASSWORD 'secret'; REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+	must(s.psql.Exec(fmt.Sprintf(`CREATE ROLE %[1]s LOGIN PASSWORD 'secret'; REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 		GRANT SELECT, INSERT, UPDATE, DELETE ON products TO %[1]s; GRANT ALL ON SEQUENCE products_id_seq TO %[1]s`, role)))
-	t.Cleanup(func() { must(db.Exec(`DROP OWNED BY ` + role + `; DROP ROLE ` + role)) })
+	t.Cleanup(func() { must(s.psql.Exec(`DROP OWNED BY ` + role + `; DROP ROLE ` + role)) })
 	cfg := s.cfg
 	cfg.postgresUser, cfg.postgresPassword = role, "secret"
 	limited := startServer(t, cfg)
@@ -98,9 +96,8 @@ func TestRoleWithoutPrivileges(t *testing.T) {
 // TestTakenIDs imports rows with ids of their own: creations succeed at once, also many at a time.
 func TestTakenIDs(t *testing.T) {
 	s := startAlone(t)
-	db := psql(t, s.cfg)
 	for _, more := range []string{"", "", " UNION SELECT 9223372036854775807"} {
-		must(db.Exec(`INSERT INTO products (id, name, price)
+		must(s.psql.Exec(`INSERT INTO products (id, name, price)
 			SELECT id, 'imported', 1 FROM (
 				SELECT last + n AS id
 				FROM generate_series(1, 200) AS n, (SELECT coalesce(max(id), 0) AS last FROM products) AS ids` + more + `
@@ -110,7 +107,7 @@ func TestTakenIDs(t *testing.T) {
 			expect(t, err == nil && a.status == 201, "%d %s %v", a.status, a.body, err)
 		})()
 	}
-	equal(t, "rows", ask[int](db, `SELECT count(*) FROM products`), 601+60)
+	equal(t, "rows", ask[int](s.psql, `SELECT count(*) FROM products`), 601+60)
 }
 
 // useAfter changes something about the database again and again, with all connections of the pool open before, and fails
@@ -118,10 +115,9 @@ func TestTakenIDs(t *testing.T) {
 func useAfter(t *testing.T, rounds int, changes ...string) {
 	s := startAlone(t)
 	path := s.create(`{"name":"a","price":1}`)
-	db := psql(t, s.cfg)
 	for _, change := range changes {
 		concurrently(poolSize(), func(int) { s.want(200, "GET", "/products?limit=1", "") })()
-		must(db.Exec(change))
+		must(s.psql.Exec(change))
 		for i := range rounds {
 			s.want(200, "PUT", path, fmt.Sprintf(`{"stock":%d}`, i))
 			s.want(201, "POST", "/products", `{"name":"b","price":1}`)
@@ -167,16 +163,15 @@ func TestUnspeakableDates(t *testing.T) {
 func TestNotNow(t *testing.T) {
 	s := startAlone(t)
 	path := s.create(`{"name":"a","price":1}`)
-	db := psql(t, s.cfg)
 	for _, code := range []string{"25006", "55P03", "40001", "40P01", "53200", "57014"} {
-		must(db.Exec(`CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+		must(s.psql.Exec(`CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
 			BEGIN RAISE EXCEPTION USING ERRCODE = '` + code + `'; END $$;
 			CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON products FOR EACH ROW EXECUTE FUNCTION refuse()`))
 		equal(t, "Retry-After", s.want(503, "PUT", path, `{"stock":1}`).header.Get("Retry-After"), "1")
 	}
 	// A table that is locked is no reason for another replica.
-	must(db.Exec(`DROP TRIGGER refuse ON products`))
-	tx := lock(db, `LOCK TABLE products`)
+	must(s.psql.Exec(`DROP TRIGGER refuse ON products`))
+	tx := lock(s.psql, `LOCK TABLE products`)
 	s.wantHealth(200, "healthy", "connected", "connected")
 	check(tx.Rollback())
 }
@@ -185,9 +180,7 @@ func TestNotNow(t *testing.T) {
 func TestOutcomeUnknown(t *testing.T) {
 	_, cfg := alone(t)
 	db := psql(t, cfg)
-	target := net.JoinHostPort(cfg.postgresHost, cfg.postgresPort)
-	proxy := startProxy(t, target, nil)
-	cfg.postgresPort = proxy.port
+	proxy := startProxy(t, &cfg.postgresPort, nil)
 	s := startServer(t, cfg)
 	path := s.create(`{"name":"a","price":1}`)
 	tx := lock(db, `SELECT FROM products FOR UPDATE`)
@@ -197,7 +190,7 @@ func TestOutcomeUnknown(t *testing.T) {
 		equal(t, "Retry-After", a.header.Get("Retry-After"), "")
 	})
 	awaitLock(t, db)
-	proxy.lead(target)
+	proxy.lead(proxy.target)
 	wait()
 	check(tx.Commit())
 }
@@ -260,17 +253,16 @@ func TestLargeCatalogue(t *testing.T) {
 
 // TestBodyDoesNotFit has a Redis without memory for the list: that is no reason to doubt what it holds.
 func TestBodyDoesNotFit(t *testing.T) {
-	r, cfg := alone(t)
-	s := startServer(t, cfg)
+	s := startAlone(t)
 	must(s.db.Exec(insertLarge, 2000))
 	s.awaitHit("/products/1")
 	epoch := s.cache.trust.epoch.Load()
-	used := must(strconv.Atoi(infoField(string(r.do("INFO memory").([]byte)), "used_memory")))
-	r.do("CONFIG SET maxmemory", used+1<<20)
+	used := must(strconv.Atoi(infoField(string(s.redis.do("INFO memory").([]byte)), "used_memory")))
+	s.redis.do("CONFIG SET maxmemory", used+1<<20)
 	for range 5 {
 		s.want(200, "GET", "/products", "").contains(`"next":"/products?after=`)
 	}
-	r.do("CONFIG SET maxmemory 0")
+	s.redis.do("CONFIG SET maxmemory 0")
 	s.wantSource(hit, "/products/1")
 	equal(t, "the epoch", s.cache.trust.epoch.Load(), epoch)
 }
@@ -280,8 +272,7 @@ func TestSlowRedis(t *testing.T) {
 	r, cfg := alone(t)
 	r.do("CONFIG SET requirepass secret")
 	cfg.redisPassword = "secret"
-	proxy := startProxy(t, "127.0.0.1:"+r.port, func([]byte) { time.Sleep(150 * time.Millisecond) }) // each way
-	cfg.redisPort = proxy.port
+	startProxy(t, &cfg.redisPort, func([]byte) { time.Sleep(150 * time.Millisecond) }) // each way
 	s := startServer(t, cfg)
 	path := s.create(`{"name":"a","price":1}`)
 	for stock := range 3 {

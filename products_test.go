@@ -82,15 +82,14 @@ func TestRefusals(t *testing.T) {
 	s := startAlone(t)
 	path := s.create(`{"name":"a","price":1}`)
 	long := func(n int) string { return strings.Repeat("é", n) }
-	db := psql(t, s.cfg)
 	const rows = `SELECT coalesce(string_agg(p::text, ' ' ORDER BY id), '') FROM products p` // all of them, as text
 	refuse := func(status int, method, path, body, says string, headers ...string) {
 		t.Helper()
-		before := ask[string](db, rows)
+		before := ask[string](s.psql, rows)
 		a := s.want(status, method, path, body, headers...)
 		a.contains(says)
 		equal(t, "whether it says what is allowed", a.header.Get("Allow") != "", status == 405)
-		equal(t, "all rows", ask[string](db, rows), before)
+		equal(t, "all rows", ask[string](s.psql, rows), before)
 	}
 	for says, bodies := range map[string][]string{
 		"JSON":   {`{"name":"a","price":1`, `{"name":"a","price":1} {}`, `{"name":"a","price":1,}`, `{"name":"a","price":NaN}`},
