@@ -117,7 +117,7 @@ func (m *result) cells(bare float64) string {
 	n := len(m.latencies)
 	ms := func(i int) float64 { return m.latencies[i].Seconds() * 1e3 }
 	cpu := m.busy / float64(n) * 1e6
-	return fmt.Sprintf("\t| %.0f\t%.3f\t%.2f\t%.1f\t%.2f", m.perSecond(), ms(n/2), ms(n*99/100), cpu, m.perSecond()/bare)
+	return fmt.Sprintf("| %.0f\t%.3f\t%.2f\t%.1f\t%.2f\t", m.perSecond(), ms(n/2), ms(n*99/100), cpu, m.perSecond()/bare)
 }
 
 // exchange sends a request and reads the answer, and does no more than it must: the load generator shares the
@@ -202,7 +202,7 @@ func bareHandler() http.Handler {
 // large as the service's and its statements are the same, but it has no leases, no marks and no pipelining.
 func textbook() http.Handler {
 	cfg := must(configure(os.Getenv))
-	db := must(sql.Open("postgres", dataSource(cfg)))
+	db := must(sql.Open("postgres", dataSource(cfg)+" connect_timeout=10"))
 	db.SetMaxOpenConns(poolSize())
 	db.SetMaxIdleConns(poolSize())
 	pool := &redis.Pool{MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, Dial: func() (redis.Conn, error) {
@@ -272,9 +272,9 @@ func BenchmarkRequests(b *testing.B) {
 	if base == "" {
 		names, paths = names[:3], paths[:3]
 	}
-	table := "products\t"
+	table := "products\t\t"
 	for _, name := range names {
-		table += "\t| " + name + ", per second\tp50 ms\tp99 ms\tCPU µs\tratio"
+		table += "| " + name + ", per second\tp50 ms\tp99 ms\tCPU µs\tratio\t"
 	}
 	for _, products := range []int{8, 1000, 10_000, 100_000} {
 		b.Run(fmt.Sprintf("products=%d", products), func(b *testing.B) {
@@ -292,13 +292,13 @@ func BenchmarkRequests(b *testing.B) {
 						go emptyRedis(b, r)
 					}
 					cells := compare(b, programs, s, max(1, products/10_000))
-					table += fmt.Sprintf("\n%d\t%s%s", products, s.name, cells)
+					table += fmt.Sprintf("\n%d\t%s\t%s", products, s.name, cells)
 				})
 			}
 		})
 	}
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 1, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, table+"\t")
+	fmt.Fprintln(w, table)
 	check(w.Flush())
 }
 
@@ -322,7 +322,7 @@ func compare(b *testing.B, programs []*process, s scenario, seconds int) (cells 
 	}
 	for _, m := range results {
 		if m.latencies == nil {
-			cells += "\t|\t\t\t\t"
+			cells += "|\t\t\t\t\t"
 		} else {
 			cells += m.cells(results[0].perSecond())
 		}
