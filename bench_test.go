@@ -198,8 +198,8 @@ func bareHandler() http.Handler {
 	})
 }
 
-// textbook is cache-aside as tutorials have it: GET, on a miss a query and SETEX, and after a change DEL. Its pools are as
-// large as the service's and its statements are the same, but it has no leases, no marks and no pipelining.
+// textbook is cache-aside as tutorials have it: GET, on a miss a query and SETEX, and after a change DEL. Its pools are
+// as large as the service's and its statements are the same. It has no leases, no marks and no pipelining.
 func textbook() http.Handler {
 	cfg := must(configure(os.Getenv))
 	db := must(sql.Open("postgres", dataSource(cfg)+" connect_timeout=10"))
@@ -247,8 +247,10 @@ func textbook() http.Handler {
 
 // scenarios are what is measured with a catalogue of so many products.
 func scenarios(products int) []scenario {
-	ids, updates := requests("GET", "/products/ID", min(products, 1000)), requests("PUT", "/products/ID", min(products, 1000))
-	list, page := requests("GET", "/products", 1), requests("GET", fmt.Sprintf("/products?limit=20&after=%d", products/2), 1)
+	count := min(products, 1000)
+	ids, updates := requests("GET", "/products/ID", count), requests("PUT", "/products/ID", count)
+	list := requests("GET", "/products", 1)
+	page := requests("GET", fmt.Sprintf("/products?limit=20&after=%d", products/2), 1)
 	all := []scenario{
 		{"cached product", ids, true, false},
 		{"cached list", list, true, false},

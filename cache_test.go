@@ -342,7 +342,7 @@ func TestLookupOutlivesRequest(t *testing.T) {
 	be.read(be.a, 0, hit) // the lookup has filled the key
 }
 
-// A miss is answered before the key is filled, so that a Redis which is unresponsive just then holds up nobody. The next
+// A miss is answered before the key is filled, so that a Redis which is unresponsive just then delays nobody. The next
 // lookup of the key begins after the fill. It finds the same bytes, and returns the copy of the first.
 func TestAnsweredBeforeFill(t *testing.T) {
 	be := newBench(t)

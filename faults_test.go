@@ -43,7 +43,7 @@ func (s *testServer) everything() (slowest time.Duration) {
 	return max(slowest, s.want(200, "PUT", path, `{"stock":7}`).took, s.want(204, "DELETE", path, "").took)
 }
 
-// TestRedisFails lets Redis fill up, stops it, silences it, and brings it back; all but /cache/clear works all the time.
+// TestRedisFails lets Redis fill up, stops it, silences it, and brings it back. All but /cache/clear always works.
 func TestRedisFails(t *testing.T) {
 	s := startAlone(t)
 	r := s.redis
@@ -348,7 +348,7 @@ func TestSlowClients(t *testing.T) {
 	}
 	within(t, p.want(200, "GET", "/products", "").took, time.Second, "a request with 5,000 idle connections")
 	large := p.dial("")
-	go fmt.Fprintf(large, "GET / HTTP/1.1\r\nHost: x\r\nX-Large: %s\r\n\r\n", strings.Repeat("a", 64<<10)) // until it is refused
+	go fmt.Fprintf(large, "GET / HTTP/1.1\r\nHost: x\r\nX-Large: %s\r\n\r\n", strings.Repeat("a", 64<<10))
 	wantStatus(t, large, 431)
 	clients.Wait()
 	p.want(200, "GET", "/products", "").contains(`"count":1`) // the product of the slow client that was told so
@@ -382,7 +382,7 @@ func (s *testServer) beginPost() (end func()) {
 	}
 }
 
-// TestClientsThatLeave has clients that leave before or during their requests: none ends the trust in the cache by that.
+// TestClientsThatLeave has clients that leave before or during their requests. None ends the trust in the cache.
 func TestClientsThatLeave(t *testing.T) {
 	s := startAlone(t)
 	epoch := s.cache.trust.epoch.Load()
@@ -419,7 +419,8 @@ func TestUnixSocket(t *testing.T) {
 func TestUnitSettings(t *testing.T) {
 	for _, c := range []struct{ name, value, says string }{
 		{"PORT", "http", "from 1 to 65535"}, {"PORT", "70000", "from 1 to 65535"}, {"POSTGRES_PORT", "-1", "from 1 to 65535"},
-		{"REDIS_PORT", "6379x", "from 1 to 65535"}, {"CACHE_TTL", "0", "from 1 to 86400"}, {"CACHE_TTL", "5m", "from 1 to 86400"},
+		{"REDIS_PORT", "6379x", "from 1 to 65535"},
+		{"CACHE_TTL", "0", "from 1 to 86400"}, {"CACHE_TTL", "5m", "from 1 to 86400"},
 		{"POSTGRES_SSLMODE", "maybe", "verify-full"}, {"LOG_LEVEL", "loud", "debug, info, warn, error"},
 		{"POSTGRES_HOST", "bad host", "bad host"}, {"POSTGRES_HOST", "[::1", "[::1"},
 		{"POSTGRES_PASSWORD_FILE", "/dev/null", "POSTGRES_PASSWORD"}, {"REDIS_PASSWORD_FILE", "/nowhere", "/nowhere"},
@@ -443,7 +444,8 @@ func TestPing(t *testing.T) {
 	web, ping := os.Args[0], t.TempDir()+"/ping"
 	check(os.Symlink(web, ping))
 	address := net.JoinHostPort(cfg.redisHost, cfg.redisPort)
-	wantExit(t, 0, "1 tries, 1 connected", web, []string{"REDIS_PORT=" + cfg.redisPort}, "ping", "-c", "1", cfg.postgresHost)
+	redis := []string{"REDIS_PORT=" + cfg.redisPort}
+	wantExit(t, 0, "1 tries, 1 connected", web, redis, "ping", "-c", "1", cfg.redisHost)
 	wantExit(t, 0, "2 tries, 2 connected", ping, nil, "-c", "2", address)
 	wantExit(t, 1, "1 tries, 0 connected", ping, nil, "-c", "1", "127.0.0.1:1")
 	wantExit(t, 2, "HOST:PORT", ping, nil, "somewhere")
@@ -452,7 +454,8 @@ func TestPing(t *testing.T) {
 	wantExit(t, 2, "^PORT must be .*\n$", web, []string{"PORT=http"})
 
 	const interrupt = `"$0" -c 100 "$1" & sleep 2; kill $!; wait $!` // after one try, two or three
-	wantExit(t, 0, `try=(1 .*\n1 tries, 1|2 .*\n2 tries, 2|3 .*\n3 tries, 3) connected\n$`, "sh", nil, "-c", interrupt, ping, address)
+	tries := `try=(1 .*\n1 tries, 1|2 .*\n2 tries, 2|3 .*\n3 tries, 3) connected\n$`
+	wantExit(t, 0, tries, "sh", nil, "-c", interrupt, ping, address)
 }
 
 // A waiter is the context of a request, and counts how often somebody waits for its end: Cache.Get does so once.
@@ -466,8 +469,8 @@ func (w waiter) Done() <-chan struct{} {
 	return w.Context.Done()
 }
 
-// TestHerd sends a thousand requests, and keeps PostgreSQL from answering before all of them wait for a lookup. They cost
-// two queries at most, hit or miss, and each answer says where it came from. They may share an error, too.
+// TestHerd sends a thousand requests, and keeps PostgreSQL from answering before all of them wait for a lookup. They
+// cost two queries at most, hit or miss, and each answer says where it came from. They may share an error, too.
 func TestHerd(t *testing.T) {
 	_, cfg := ownServers(t)
 	db := psql(t, cfg)

@@ -30,9 +30,9 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// TestMain is the service itself if DESAFIO3_RUN is set: that is how tests start it as a process, with the race detector
-// exactly when they have it themselves. Otherwise it runs the tests. They start their own servers, the first time that
-// one is needed. With -short only the unit tests run, which need none.
+// TestMain is the service itself if DESAFIO3_RUN is set: that is how tests start it as a process, with the race
+// detector exactly when they have it themselves. Otherwise it runs the tests. They start their own servers, the first
+// time that one is needed. With -short only the unit tests run, which need none.
 func TestMain(m *testing.M) {
 	if os.Getenv("DESAFIO3_RUN") != "" {
 		os.Exit(run(os.Args))
@@ -63,15 +63,14 @@ func setEnvironment() {
 			check(os.Unsetenv(name))
 		}
 	}
-	path := []string{os.Getenv("PATH"), "/usr/sbin"}
-	for _, servers := range []string{"/usr/lib/postgresql/*/bin", "/opt/homebrew/opt/postgresql*/bin", "/usr/local/opt/postgresql*/bin"} {
-		path = append(path, must(filepath.Glob(servers))...)
-	}
+	debian, homebrew := must(filepath.Glob("/usr/lib/postgresql/*/bin")), must(filepath.Glob("/*/*/opt/postgresql*/bin"))
+	path := slices.Concat([]string{os.Getenv("PATH"), "/usr/sbin"}, debian, homebrew)
 	// Everyone may enter /tmp, also the user postgres, and the path of a Unix socket there is short enough for macOS.
 	folder = must(os.MkdirTemp("/tmp", "desafio3-"))
 	for name, value := range map[string]string{
-		"PATH": strings.Join(path, ":"), "TMPDIR": folder, "LC_ALL": "C", "POSTGRES_HOST": "127.0.0.1", "POSTGRES_PORT": freePort(),
-		"POSTGRES_USER": "postgres", "POSTGRES_DB": "postgres", "POSTGRES_PASSWORD": "postgres123", "REDIS_HOST": "127.0.0.1", "REDIS_PORT": "1",
+		"PATH": strings.Join(path, ":"), "TMPDIR": folder, "LC_ALL": "C", "POSTGRES_HOST": "127.0.0.1",
+		"POSTGRES_PORT": freePort(), "POSTGRES_USER": "postgres", "POSTGRES_PASSWORD": "postgres123",
+		"POSTGRES_DB": "postgres", "REDIS_HOST": "127.0.0.1", "REDIS_PORT": "1",
 	} {
 		check(os.Setenv(name, value))
 	}
@@ -87,7 +86,10 @@ var (
 	// clean-up runs. It is a shell whose input ends with this process. It stops PostgreSQL, whose processes leave the
 	// guard's group. It removes the folder, again while something is still written there. Then it kills its group, which
 	// each child joins.
-	guard  = exec.Command("sh", "-c", `cat; while kill -QUIT $(head -n 1 "$0/data/postmaster.pid"); do sleep 0.1; done; until rm -rf "$0"; do sleep 0.1; done; kill -9 0`)
+	guard = exec.Command("sh", "-c", `cat
+		while kill -QUIT $(head -n 1 "$0/data/postmaster.pid"); do sleep 0.1; done
+		until rm -rf "$0"; do sleep 0.1; done
+		kill -9 0`)
 	client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 1000}}
 )
 
@@ -111,8 +113,9 @@ func testConfig() config {
 
 // psql is a session like a person's: its application_name is not the service's.
 func psql(t testing.TB, cfg config) *sql.DB {
-	db := must(sql.Open("postgres", fmt.Sprintf("host=%s port=%s user=%s password=%s dbname=%s sslmode=disable application_name=psql",
-		cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, cfg.postgresDB)))
+	dsn := fmt.Sprintf("host=%s port=%s user=%s password=%s dbname=%s sslmode=disable application_name=psql",
+		cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, cfg.postgresDB)
+	db := must(sql.Open("postgres", dsn))
 	t.Cleanup(func() { db.Close() })
 	return db
 }
@@ -251,11 +254,10 @@ func (a answer) contains(text string) {
 }
 
 // send makes a request; a body is sent as JSON. Headers come in pairs.
-func (s *testServer) send(method, path, body string, headers ...string) (a answer, err error) {
+func (s *testServer) send(method, path, text string, headers ...string) (answer, error) {
 	began := time.Now()
-	defer func() { a.took = time.Since(began) }()
-	r := must(http.NewRequest(method, s.url+path, strings.NewReader(body)))
-	if body != "" {
+	r := must(http.NewRequest(method, s.url+path, strings.NewReader(text)))
+	if text != "" {
 		r.Header.Set("Content-Type", "application/json")
 	}
 	for i := 0; i < len(headers); i += 2 {
@@ -263,11 +265,11 @@ func (s *testServer) send(method, path, body string, headers ...string) (a answe
 	}
 	response, err := client.Do(r)
 	if err != nil {
-		return a, err
+		return answer{took: time.Since(began)}, err
 	}
 	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	return answer{t: s.t, status: response.StatusCode, header: response.Header, body: string(text), closes: response.Close}, err
+	body, err := io.ReadAll(response.Body)
+	return answer{s.t, response.StatusCode, response.Header, string(body), response.Close, time.Since(began)}, err
 }
 
 // want makes a request and fails the test unless the status is as given. An error must be as RFC 9457 has it, and give
@@ -484,14 +486,16 @@ var makePostgres = sync.OnceFunc(func() {
 	password := filepath.Join(folder, "password")
 	check(os.WriteFile(password, []byte(os.Getenv("POSTGRES_PASSWORD")), 0o644))
 	// Killed halfway, this would leave shared memory behind. So the guard waits for its end, too.
-	pgCtl([]*os.File{alive}, "init", "-o", "-U postgres -A scram-sha-256 --pwfile="+password+" -E UTF8 --no-locale --no-sync")
+	options := "-U postgres -A scram-sha-256 --pwfile=" + password + " -E UTF8 --no-locale --no-sync"
+	pgCtl([]*os.File{alive}, "init", "-o", options)
 	startPostgres()
 })
 
 // startPostgres starts PostgreSQL, again if it runs, and returns when it answers. Only benchmarks wait for the disk.
 func startPostgres() {
-	pgCtl(nil, "restart", "-m", "immediate", "-o", fmt.Sprintf("-c listen_addresses=127.0.0.1 -c port=%s -c unix_socket_directories= -c max_connections=500 -c fsync=%t",
-		os.Getenv("POSTGRES_PORT"), flag.Lookup("test.bench").Value.String() != ""))
+	benchmark := flag.Lookup("test.bench").Value.String() != ""
+	pgCtl(nil, "restart", "-m", "immediate", "-o", fmt.Sprintf("-h 127.0.0.1 -p %s -k '' -N 500 -c fsync=%t",
+		os.Getenv("POSTGRES_PORT"), benchmark))
 }
 
 // stopPostgres makes PostgreSQL crash. A test that does so must not run beside others.
@@ -509,8 +513,8 @@ func pgCtl(open []*os.File, args ...string) {
 	}
 }
 
-// startPgBouncer starts a PgBouncer before cfg's PostgreSQL, and returns cfg with its address. The settings are added to
-// those of Debian's package.
+// startPgBouncer starts a PgBouncer before cfg's PostgreSQL, and returns cfg with its address. The settings are added
+// to those of Debian's package.
 func startPgBouncer(t testing.TB, cfg config, settings string) config {
 	port := freePort()
 	file := filepath.Join(folder, "pgbouncer-"+port)

@@ -110,8 +110,8 @@ func TestTakenIDs(t *testing.T) {
 	equal(t, "rows", ask[int](s.psql, `SELECT count(*) FROM products`), 601+60)
 }
 
-// useAfter changes something about the database again and again, with all connections of the pool open before, and fails
-// the test if any request notices.
+// useAfter changes something about the database again and again, with all connections of the pool open before. It
+// fails the test if any request notices.
 func useAfter(t *testing.T, rounds int, changes ...string) {
 	s := startAlone(t)
 	path := s.create(`{"name":"a","price":1}`)

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"regexp"
 	"strings"
 	"testing"
@@ -22,7 +21,7 @@ func TestUnitPaging(t *testing.T) {
 		for query := range strings.FieldsSeq(queries) {
 			_, err := parsePage(query)
 			p, ok := errors.AsType[*problem](err)
-			expect(t, ok && p.Status == http.StatusBadRequest && strings.Contains(p.Detail, says), "%s: %v", query, err)
+			expect(t, ok && p.Status == 400 && strings.Contains(p.Detail, says), "%s: %v", query, err)
 		}
 	}
 }
@@ -36,7 +35,7 @@ func FuzzDecode(f *testing.F) {
 		in, err := decodeFields(body)
 		if err = cmp.Or(err, in.check(true)); err != nil {
 			p, ok := errors.AsType[*problem](err)
-			expect(t, ok && (p.Status == http.StatusBadRequest || p.Status == http.StatusUnprocessableEntity), "%q: %v", body, err)
+			expect(t, ok && (p.Status == 400 || p.Status == 422), "%q: %v", body, err)
 			return
 		}
 		var plain struct{ Name string }
@@ -92,7 +91,7 @@ func TestRefusals(t *testing.T) {
 		equal(t, "all rows", ask[string](s.psql, rows), before)
 	}
 	for says, bodies := range map[string][]string{
-		"JSON":   {`{"name":"a","price":1`, `{"name":"a","price":1} {}`, `{"name":"a","price":1,}`, `{"name":"a","price":NaN}`},
+		"JSON":   {`{"name":"a","price":1`, `{"name":"a","price":1} {}`, `{"price":1,}`, `{"name":"a","price":NaN}`},
 		"object": {`["a"]`, `null`},
 		"colour": {`{"name":"a","price":1,"colour":"red"}`},
 		"name":   {`{"name":1,"price":1}`},

@@ -17,9 +17,9 @@ import (
 	"time"
 )
 
-// TestPromise is the sceptic. It has three replicas, one PostgreSQL and one Redis, and faults in all of them. Every read
-// is checked against everything that was acknowledged or read before it began. PROMISE says about how many reads to
-// make. With -race the replicas have the race detector, too. One phase only: go test -run TestPromise/silent.
+// TestPromise is the sceptic. It has three replicas, one PostgreSQL and one Redis, and faults in all of them. Every
+// read is checked against everything that was acknowledged or read before it began. PROMISE says about how many reads
+// to make. With -race the replicas have the race detector, too. One phase only: go test -run TestPromise/silent.
 //
 // HISTORY=file writes down what the clients asked and received, for a judge that shares no code with this test, such as
 // the linearizability checker Porcupine. Each line is a JSON object:
@@ -30,8 +30,8 @@ import (
 //	begin, end                     when it was sent, and when the answer arrived: nanoseconds since the test began
 //
 // At first products 1 to 5 have a stock of 1. A PUT sets the stock of one product. Client -1 stands for a dump that was
-// restored while no other client asked. If the status of a PUT is not 200, nobody knows whether it was done: it may take
-// effect at any time after its begin, even after its end, or never.
+// restored while no other client asked. If the status of a PUT is not 200, nobody knows whether it was done: it may
+// take effect at any time after its begin, even after its end, or never.
 func TestPromise(t *testing.T) {
 	p := newPromise(t)
 	defer func() { t.Logf("in total: %v", p.figures) }()
@@ -62,7 +62,7 @@ type promise struct {
 	cfg      config
 	began    time.Time
 	history  *os.File
-	quiet    sync.RWMutex      // clients hold it to read for a request; a fault that must meet no request holds it to write
+	quiet    sync.RWMutex      // each request holds it to read, a fault that must meet no request to write
 	sent     [products + 1]int // by id, the version that its writer has sent
 
 	mu      sync.Mutex // guards what follows
@@ -138,19 +138,21 @@ func (p *promise) phase(t *testing.T, name string, reads, faults int, fault func
 		p.t = t
 		t.Cleanup(func() { t.Logf("so far: %v", p.figures) })
 		ctx, cancel := context.WithCancel(t.Context())
-		awaitWriters := concurrently(products-1, func(i int) {
-			for ctx.Err() == nil {
-				p.write(i + 2)
-				time.Sleep(rand.N(30 * time.Millisecond))
-			}
-		})
-		awaitReaders := concurrently(12, func(i int) {
-			for ctx.Err() == nil {
-				p.readAny(products + 1 + i)
-				time.Sleep(rand.N(2 * time.Millisecond))
-			}
-		})
-		stop := func() { cancel(); awaitWriters(); awaitReaders() }
+		begin := func(clients int, pause time.Duration, request func(i int)) (wait func()) {
+			return concurrently(clients, func(i int) {
+				for ctx.Err() == nil {
+					request(i)
+					time.Sleep(rand.N(pause))
+				}
+			})
+		}
+		awaitWriters := begin(products-1, 30*time.Millisecond, func(i int) { p.write(i + 2) })
+		awaitReaders := begin(12, 2*time.Millisecond, func(i int) { p.readAny(products + 1 + i) })
+		stop := func() {
+			cancel()
+			awaitWriters()
+			awaitReaders()
+		}
 		t.Cleanup(stop) // if the fault fails the test
 		for range faults {
 			p.more("reads", reads/(faults+1))
@@ -245,7 +247,9 @@ func (p *promise) read(client int, r *process, path string) {
 // settle waits until every replica says that all is well, and the cache is in use again.
 func (p *promise) settle() {
 	for _, r := range p.replicas {
-		eventually(p.t, "all is well", func() bool { return strings.Contains(must(r.send("GET", "/health", "")).body, `"healthy"`) })
+		eventually(p.t, "all is well", func() bool {
+			return strings.Contains(must(r.send("GET", "/health", "")).body, `"healthy"`)
+		})
 		r.awaitHit("/products/1")
 	}
 }
