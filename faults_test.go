@@ -91,7 +91,7 @@ func TestRedisFails(t *testing.T) {
 func TestSnapshotFails(t *testing.T) {
 	s := startAlone(t)
 	check(os.Mkdir(filepath.Join(folder, s.redis.port), 0o700))
-	s.redis.do("CONFIG SET save", "1 1")
+	s.redis.do("CONFIG SET save", "3600 1")
 	s.redis.do("CONFIG SET stop-writes-on-bgsave-error no")
 	s.redis.do("BGSAVE")
 	eventually(t, "the snapshot has failed", func() bool {
