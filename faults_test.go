@@ -385,7 +385,7 @@ func (s *testServer) beginPost() (end func()) {
 // TestClientsThatLeave has clients that leave before or during their requests. None ends the trust in the cache.
 func TestClientsThatLeave(t *testing.T) {
 	s := startAlone(t)
-	epoch := s.cache.trust.epoch.Load()
+	handler, epoch := s.handler(), s.cache.trust.epoch.Load()
 	for _, request := range []string{"GET /health", "GET /stats", "GET /products", "DELETE /cache/clear"} {
 		method, path, _ := strings.Cut(request, " ")
 		concurrently(100, func(i int) {
@@ -394,7 +394,7 @@ func TestClientsThatLeave(t *testing.T) {
 			if i%2 == 0 {
 				leave()
 			}
-			s.handler().ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(ctx, method, path, nil))
+			handler.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(ctx, method, path, nil))
 		})()
 		s.want(200, "GET", "/products", "")
 	}
@@ -488,10 +488,13 @@ func TestHerd(t *testing.T) {
 	herd := func(status int, path string, sources ...source) {
 		queries.Store(0)
 		waiting.Store(0)
+		trusted := !slices.Contains(sources, bypass)
+		eventually(t, "the cache is trusted or not", func() bool { return s.cache.Trusted() == trusted })
 		tx := lock(db, `LOCK TABLE products`)
+		handler, r := s.handler(), httptest.NewRequest("GET", path, nil)
 		wait := concurrently(1000, func(int) { // without a network, which would be too much work
-			w, r := httptest.NewRecorder(), httptest.NewRequest("GET", path, nil)
-			s.handler().ServeHTTP(w, r.WithContext(waiter{t.Context(), &waiting}))
+			w := httptest.NewRecorder()
+			handler.ServeHTTP(w, r.WithContext(waiter{t.Context(), &waiting}))
 			from := source(w.Header().Get("Cache-Status"))
 			expect(t, w.Code == status && slices.Contains(sources, from), "%d %q %s", w.Code, from, w.Body)
 		})
@@ -505,6 +508,5 @@ func TestHerd(t *testing.T) {
 	herd(200, path, miss, hit)
 	herd(404, "/products/7", miss)
 	redis.lead("")
-	eventually(t, "trust has ended", func() bool { return !s.cache.Trusted() })
 	herd(200, "/products", bypass)
 }
