@@ -6,14 +6,13 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
-	"context"
 	"database/sql"
-	"encoding/json"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,8 +20,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"text/tabwriter"
 	"time"
@@ -33,46 +30,31 @@ import (
 // How fast the service is, as a client sees it. scripts/bench.sh runs this file.
 //
 // How one measures, and what this file does for it:
-//   - What is measured is the real binary, in a process of its own. In the process of the load generator it would
-//     share Go's scheduler and garbage collector with it.
-//   - A number alone says little, since it depends on the machine. So there is always a reference beside it: a bare
-//     handler, which writes the same bytes from memory. Nothing that is written with net/http can be faster.
-//   - The programs are measured in turn, round by round, and the median of the rounds counts. Whatever else the
-//     machine does then meets all of them, so their ratio is much steadier than the numbers.
+//   - The real binary is measured, in a process of its own. In the process of the load generator it would share Go's
+//     scheduler and garbage collector with it.
+//   - A number says little without a reference, since it depends on the machine. So there are two beside it. A bare
+//     handler writes the same bytes from memory: nothing that is written with net/http can be faster. And the textbook
+//     is plain cache-aside with the same libraries: it shows what it costs that the cache is never stale.
+//   - The programs are measured in turn, round by round, and all rounds count. Whatever else the machine does then
+//     affects all of them, so their ratio is much steadier than the numbers.
 //   - The processor time for a request is steadier still: it hardly depends on what else the machine does.
 //   - The load runs for a moment before it counts, so that connections are open and the cache is filled.
 //   - A wrong answer ends the measurement: errors are often faster than answers.
 
-// The rounds are those of -benchtime (-benchtime 3x); the environment says the rest.
+// The rounds are those of -benchtime (-benchtime 3x). A part of the table: -bench Requests/products=8$/list.
 var (
-	secondsEach = knob("SECONDS_EACH", 1)[0]      // how long a measurement takes
-	clientCount = knob("CLIENTS", 1, 64, 256)     // how many connections send requests
-	growth      = knob("GROWTH", 10_000, 100_000) // catalogues of so many products, beside those of 8 and 1,000
-	base        = os.Getenv("BASE")               // the path of another build of the service, to compare with
-	logLevel    = "LOG_LEVEL=" + cmp.Or(os.Getenv("LOG_LEVEL"), "warn")
+	base     = os.Getenv("BASE") // the path of another build of the service, to compare with
+	logLevel = "LOG_LEVEL=" + cmp.Or(os.Getenv("LOG_LEVEL"), "warn")
 )
-
-// knob reads whole numbers from an environment variable.
-func knob(name string, numbers ...int) []int {
-	text, set := os.LookupEnv(name)
-	if set {
-		numbers = nil
-	}
-	for word := range strings.FieldsSeq(text) {
-		numbers = append(numbers, must(strconv.Atoi(word)))
-	}
-	return numbers
-}
 
 // ---------------------------------------------------------------- the load
 
 // A scenario is a line of the table, and what the clients send for it.
 type scenario struct {
-	name      string
-	reference string
-	clients   []int
-	requests  [][]byte // whole and ready to send; a client takes one at random, again and again
-	rate      int      // requests a second of all clients together; 0: each sends when it has its answer
+	name     string
+	requests [][]byte // whole and ready to send; a client takes one at random, again and again
+	textbook bool     // the textbook can do it, too
+	emptied  bool     // Redis is emptied 200 times per second
 }
 
 // requests makes a request for each id from 1 on; it stands where the path says ID.
@@ -89,67 +71,53 @@ func requests(method, path string, ids int) (all [][]byte) {
 	return all
 }
 
-// mixed makes nine reads to one update.
-func mixed(reads, updates [][]byte) (all [][]byte) {
-	for i, update := range updates {
-		all = append(append(all, update), slices.Repeat(reads[i%len(reads):][:1], 9)...)
-	}
-	return all
+// clients is how many connections send requests at the same time.
+const clients = 64
+
+// A result is what was measured of a program, in all rounds.
+type result struct {
+	latencies []time.Duration
+	seconds   float64
+	busy      float64 // seconds of processor time
 }
 
-// A measurement is what was found, by these names.
-type measurement [5]float64
-
-const (
-	perSecond = iota // answers
-	p50              // half of the requests had their answer within so many milliseconds
-	p99              // and 99 of 100 within so many
-	micros           // of processor time for a request
-	peak             // the most memory that the program has had since its start, in MiB
-)
-
-// measure puts the load on a program and says what came of it.
-func measure(p *process, s scenario, clients, seconds int) (m measurement) {
-	begin := time.Now()
-	start := begin.Add(300 * time.Millisecond)
+// measure puts the load on a program and adds what it finds.
+func (m *result) measure(p *process, s scenario, seconds int) {
+	start := time.Now().Add(300 * time.Millisecond)
 	end := start.Add(time.Duration(seconds) * time.Second)
-	var turns atomic.Int64
 	latencies := make([][]time.Duration, clients)
 	wait := concurrently(clients, func(client int) {
 		conn := p.dial("")
 		defer conn.Close()
 		check(conn.SetDeadline(end.Add(time.Minute)))
 		in := bufio.NewReaderSize(conn, 16<<10)
-		var own []time.Duration
-		for {
-			sent := time.Now()
-			if s.rate > 0 {
-				// Latency counts from the moment at which the request should have been sent. If it counted from the
-				// moment at which a client was free to send it, one slow answer would make the requests behind it
-				// wait and nobody would see that.
-				sent = begin.Add(time.Duration(turns.Add(1)) * time.Second / time.Duration(s.rate))
-				sleepUntil(sent)
-			}
-			if sent.After(end) {
-				latencies[client] = own
-				return
-			}
+		var own []time.Duration // not shared with other processors
+		for sent := time.Now(); sent.Before(end); sent = time.Now() {
 			exchange(conn, in, s.requests[rand.IntN(len(s.requests))])
-			if sent.After(start) { // and before the end: a late answer counts, too
+			if sent.After(start) {
 				own = append(own, time.Since(sent))
 			}
 		}
+		latencies[client] = own
 	})
 	time.Sleep(time.Until(start))
-	busy := processorTime(p.Process.Pid)
+	m.busy -= processorTime(p.Process.Pid)
 	time.Sleep(time.Until(end))
-	busy = processorTime(p.Process.Pid) - busy
+	m.busy += processorTime(p.Process.Pid)
 	wait()
-	all := slices.Sorted(slices.Values(slices.Concat(latencies...)))
-	n, ms := float64(len(all)), func(i int) float64 { return all[i].Seconds() * 1e3 }
-	m[perSecond], m[p50], m[p99] = n/float64(seconds), ms(len(all)/2), ms(len(all)*99/100)
-	m[micros], m[peak] = busy/n*1e6, peakMemory(p.Process.Pid)
-	return m
+	m.seconds += float64(seconds)
+	m.latencies = slices.Concat(m.latencies, slices.Concat(latencies...))
+}
+
+func (m *result) perSecond() float64 { return float64(len(m.latencies)) / m.seconds }
+
+// cells returns the result as a part of the table's line.
+func (m *result) cells(bare float64) string {
+	slices.Sort(m.latencies)
+	n := len(m.latencies)
+	ms := func(i int) float64 { return m.latencies[i].Seconds() * 1e3 }
+	cpu := m.busy / float64(n) * 1e6
+	return fmt.Sprintf("| %.0f\t%.3f\t%.2f\t%.1f\t%.2f\t", m.perSecond(), ms(n/2), ms(n*99/100), cpu, m.perSecond()/bare)
 }
 
 // exchange sends a request and reads the answer, and does no more than it must: the load generator shares the
@@ -169,14 +137,6 @@ func exchange(conn net.Conn, in *bufio.Reader, request []byte) {
 	}
 }
 
-// sleepUntil is time.Sleep, but exact: time.Sleep may be late by a millisecond.
-func sleepUntil(t time.Time) {
-	for left := time.Until(t); left > 0; left = time.Until(t) {
-		duration := syscall.NsecToTimespec(int64(left))
-		_ = syscall.Nanosleep(&duration, nil) // a signal may end it early
-	}
-}
-
 // processorTime returns how many seconds a process has kept a processor busy so far, with what the kernel did for it.
 func processorTime(pid int) float64 {
 	stat := string(must(os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))))
@@ -185,31 +145,21 @@ func processorTime(pid int) float64 {
 	return float64(must(strconv.Atoi(fields[14-2]))+must(strconv.Atoi(fields[15-2]))) / 100
 }
 
-// peakMemory returns the most memory that a process has had so far, in MiB.
-func peakMemory(pid int) float64 {
-	status := string(must(os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))))
-	_, after, _ := strings.Cut(status, "VmHWM:")
-	return float64(must(strconv.Atoi(strings.Fields(after)[0]))) / 1024
-}
-
 // ---------------------------------------------------------------- the programs
 
-// binaries returns the paths of what is compared: the service, built as the Dockerfile does, and BASE.
-func binaries(b *testing.B) []string {
+// buildService builds the service as the Dockerfile does, and returns the path.
+func buildService(b *testing.B) string {
 	path := filepath.Join(b.TempDir(), "service")
 	cmd := exec.Command("go", "build", "-trimpath", "-tags", "nethttpomithttp2", "-ldflags", "-s -w", "-o", path, ".")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	cmd.Stderr = os.Stderr
 	check(cmd.Run())
-	if base == "" {
-		return []string{path}
-	}
-	return []string{path, base}
+	return path
 }
 
-// catalogue makes a database with so many products.
-func catalogue(b *testing.B, products int) config {
-	_, cfg := ownServers(b)
+// catalogue makes a database with so many products, and a Redis.
+func catalogue(b *testing.B, products int) (*redisServer, config) {
+	r, cfg := ownServers(b)
 	db := psql(b, cfg)
 	must(db.Exec(schema))
 	must(db.Exec(`INSERT INTO products (name, description, price, stock, category)
@@ -217,7 +167,7 @@ func catalogue(b *testing.B, products int) config {
 		       n % 1000 + 0.99, n % 100, 'category ' || n % 10
 		FROM generate_series(1, $1::int) n`, products))
 	must(db.Exec("VACUUM ANALYZE products"))
-	return cfg
+	return r, cfg
 }
 
 // init makes this program a reference, where BenchmarkRequests has started it.
@@ -228,9 +178,9 @@ func init() {
 	}
 }
 
-// bareHandler asks the service once for each body, and from then on writes the same bytes from memory.
+// bareHandler gets each body once, and from then on writes the same bytes from memory.
 func bareHandler() http.Handler {
-	service := &testServer{url: os.Getenv("SERVICE")}
+	service := newServer(must(configure(os.Getenv))).handler()
 	var bodies sync.Map
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		path, status := r.URL.RequestURI(), http.StatusOK
@@ -240,100 +190,112 @@ func bareHandler() http.Handler {
 		_, _ = io.Copy(io.Discard, r.Body)
 		body, known := bodies.Load(path)
 		if !known {
-			body, _ = bodies.LoadOrStore(path, []byte(must(service.trySend("GET", path, "")).body))
+			answer := httptest.NewRecorder()
+			service.ServeHTTP(answer, httptest.NewRequest("GET", path, nil))
+			body, _ = bodies.LoadOrStore(path, answer.Body.Bytes())
 		}
 		respond(w, status, "application/json", body.([]byte))
 	})
 }
 
-// textbook updates a product as tutorials do: SELECT, BEGIN, UPDATE, COMMIT and then DEL for the cache, with pools like
-// the service's. It takes more round trips than the service, and lets its cache lie.
+// textbook is cache-aside as tutorials have it: GET, on a miss a query and SETEX, and after a change DEL. Its pools are
+// as large as the service's and its statements are the same. It has no leases, no marks and no pipelining.
 func textbook() http.Handler {
-	db := must(sql.Open("postgres", os.ExpandEnv("host=$POSTGRES_HOST port=$POSTGRES_PORT dbname=$POSTGRES_DB user=$POSTGRES_USER "+
-		"password='$POSTGRES_PASSWORD' sslmode=disable binary_parameters=yes application_name=desafio3")))
+	cfg := must(configure(os.Getenv))
+	db := must(sql.Open("postgres", dataSource(cfg)+" connect_timeout=10"))
 	db.SetMaxOpenConns(poolSize())
 	db.SetMaxIdleConns(poolSize())
 	pool := &redis.Pool{MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, Dial: func() (redis.Conn, error) {
-		return redis.Dial("tcp", os.ExpandEnv("$REDIS_HOST:$REDIS_PORT"))
+		return redis.Dial("tcp", net.JoinHostPort(cfg.redisHost, cfg.redisPort))
 	}}
-	mux := http.NewServeMux()
-	mux.HandleFunc("PUT /products/{id}", func(w http.ResponseWriter, r *http.Request) {
+	row := func(r *http.Request, statement string, args ...any) ([]byte, error) {
 		var p product
-		check(p.scan(db.QueryRowContext(r.Context(), selectProduct, r.PathValue("id"))))
-		check(json.NewDecoder(r.Body).Decode(&p))
-		tx := must(db.BeginTx(r.Context(), nil))
-		defer tx.Rollback()
-		check(p.scan(tx.QueryRowContext(r.Context(), updateProduct, p.ID, p.Name, p.Description, p.Price, p.Stock, p.Category)))
-		check(tx.Commit())
+		check(p.scan(db.QueryRowContext(r.Context(), statement, args...)))
+		return encode(p)
+	}
+	get := func(query func(r *http.Request) ([]byte, error)) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			conn := pool.Get()
+			defer conn.Close()
+			body, err := redis.Bytes(conn.Do("GET", "textbook:"+r.URL.Path))
+			if err != nil {
+				body = must(query(r))
+				must(conn.Do("SETEX", "textbook:"+r.URL.Path, 300, body))
+			}
+			respond(w, http.StatusOK, "application/json", body)
+		}
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /products", get(func(r *http.Request) ([]byte, error) {
+		return (&server{db: db}).encodePage(r.Context(), page{limit: maxRows})
+	}))
+	mux.Handle("GET /products/{id}", get(func(r *http.Request) ([]byte, error) {
+		return row(r, selectProduct, r.PathValue("id"))
+	}))
+	mux.HandleFunc("PUT /products/{id}", func(w http.ResponseWriter, r *http.Request) {
+		f := must(readFields(r, false))
+		body := must(row(r, updateProduct, r.PathValue("id"), f.Name, f.Description, f.Price, f.Stock, f.Category))
 		conn := pool.Get()
 		defer conn.Close()
-		must(conn.Do("DEL", keyAll, productKey(p.ID)))
-		check(respondJSON(w, http.StatusOK, p))
+		must(conn.Do("DEL", "textbook:/products", "textbook:"+r.URL.Path))
+		respond(w, http.StatusOK, "application/json", body)
 	})
 	return mux
 }
 
-// ---------------------------------------------------------------- the benchmarks
-
-const listCleared = "list, cleared 200 times a second"
+// ---------------------------------------------------------------- the benchmark
 
 // scenarios are what is measured with a catalogue of so many products.
 func scenarios(products int) []scenario {
-	ids, updates := requests("GET", "/products/ID", min(products, 1000)), requests("PUT", "/products/ID", min(products, 1000))
-	list, page := requests("GET", "/products", 1), requests("GET", fmt.Sprintf("/products?limit=20&after=%d", products/2), 1)
+	count := min(products, 1000)
+	ids, updates := requests("GET", "/products/ID", count), requests("PUT", "/products/ID", count)
+	list := requests("GET", "/products", 1)
+	page := requests("GET", fmt.Sprintf("/products?limit=20&after=%d", products/2), 1)
 	all := []scenario{
-		{"cached product", "bare handler", clientCount, ids, 0},
-		{"page of 20, not cached", "bare handler", clientCount, page, 0},
-		{"cached list", "bare handler", clientCount, list, 0},
+		{"cached product", ids, true, false},
+		{"cached list", list, true, false},
+		{"page of 20, not cached", page, false, false},
 	}
-	switch products {
-	case 8:
+	if products <= 1000 { // with more, a measurement would have only a few lists
 		all = append(all,
-			scenario{listCleared, "bare handler", []int{64}, list, 0},
-			scenario{"list, a tenth updates, constant rate", "bare handler", []int{64}, mixed(list, updates), 3000})
-	case 1000:
-		all = append(all,
-			scenario{"product, a tenth updates, constant rate", "bare handler", []int{64}, mixed(ids, updates), 3000},
-			scenario{"update", "bare handler", clientCount, updates, 0},
-			scenario{"update", "textbook", []int{64}, updates, 0},
-			scenario{"creation", "bare handler", clientCount, requests("POST", "/products", 1), 0})
+			scenario{"product, Redis is emptied", ids, true, true},
+			scenario{"list, Redis is emptied", list, true, true},
+			scenario{"update", updates, true, false},
+			scenario{"creation", requests("POST", "/products", 1), false, false})
 	}
 	return all
 }
 
-// BenchmarkRequests prints the table: for each scenario its reference, the service and, where BASE names one, another
+// BenchmarkRequests prints the table: for each scenario the references, the service and, if BASE names one, another
 // build of it.
 func BenchmarkRequests(b *testing.B) {
-	paths := binaries(b)
-	table := "products\t\tclients\treference" + strings.Repeat("\t|\ta second\tp50 ms\tp99 ms\tCPU µs\tpeak MiB\tratio", 1+len(paths)) + "\t\n"
-	for _, products := range append([]int{8, 1000}, growth...) {
+	names := []string{"bare handler", "textbook", "desafio3", "base"}
+	paths := []string{"/proc/self/exe", "/proc/self/exe", buildService(b), base}
+	if base == "" {
+		names, paths = names[:3], paths[:3]
+	}
+	table := "products\t\t"
+	for _, name := range names {
+		table += "| " + name + ", per second\tp50 ms\tp99 ms\tCPU µs\tratio\t"
+	}
+	for _, products := range []int{8, 1000, 10_000, 100_000} {
 		b.Run(fmt.Sprintf("products=%d", products), func(b *testing.B) {
-			cfg := catalogue(b, products)
-			programs := []*process{nil} // for the reference
-			for _, path := range paths {
-				p := startProcess(b, path, cfg, logLevel)
-				p.awaitHit("/products/1")
-				programs = append(programs, p)
+			r, cfg := catalogue(b, products)
+			var programs []*process
+			for i, path := range paths {
+				programs = append(programs, startProcess(b, path, cfg, logLevel, "REFERENCE="+names[i]))
 			}
-			references := map[string]*process{}
-			for _, name := range []string{"bare handler", "textbook"} {
-				references[name] = startProcess(b, "/proc/self/exe", cfg, "REFERENCE="+name, "SERVICE="+programs[1].url)
+			for _, service := range programs[2:] {
+				service.awaitHit("/products/1")
 			}
 			for _, s := range scenarios(products) {
-				programs[0] = references[s.reference]
-				for _, clients := range s.clients {
-					b.Run(fmt.Sprintf("%s/%s/clients=%d", s.name, s.reference, clients), func(b *testing.B) {
-						if s.name == listCleared {
-							go clearList(b.Context(), cfg)
-						}
-						seconds := max(secondsEach, products/10_000)
-						if s.rate > 0 {
-							seconds *= 3 // fewer requests a second
-						}
-						cells := compare(b, programs, s, clients, seconds)
-						table += fmt.Sprintf("%d\t%s\t%d\t%s\t%s\n", products, s.name, clients, s.reference, cells)
-					})
-				}
+				b.Run(s.name, func(b *testing.B) {
+					if s.emptied {
+						go emptyRedis(b, r)
+					}
+					cells := compare(b, programs, s, max(1, products/10_000))
+					table += fmt.Sprintf("\n%d\t%s\t%s", products, s.name, cells)
+				})
 			}
 		})
 	}
@@ -342,57 +304,30 @@ func BenchmarkRequests(b *testing.B) {
 	check(w.Flush())
 }
 
-// compare measures programs in turn, round by round, and returns the cells with their medians.
-func compare(b *testing.B, programs []*process, s scenario, clients, seconds int) (cells string) {
-	rounds := make([][]measurement, len(programs))
+// emptyRedis does so 200 times per second.
+func emptyRedis(b *testing.B, r *redisServer) {
+	for ; b.Context().Err() == nil; time.Sleep(5 * time.Millisecond) {
+		_, _ = r.try("FLUSHALL") // fails at the end, when the Redis is gone
+	}
+}
+
+// compare measures programs in turn, round by round, and returns their cells.
+func compare(b *testing.B, programs []*process, s scenario, seconds int) (cells string) {
+	results := make([]result, len(programs))
 	for round := 0; b.Loop(); round++ {
 		for i := range programs {
 			i = (i + round) % len(programs) // so that each is first in turn
-			rounds[i] = append(rounds[i], measure(programs[i], s, clients, seconds))
+			if i != 1 || s.textbook {
+				results[i].measure(programs[i], s, seconds)
+			}
 		}
 	}
-	reference := medians(rounds[0])
-	for i := range programs {
-		m := medians(rounds[i])
-		ratio := m[perSecond] / reference[perSecond]
-		cells += fmt.Sprintf("|\t%.0f\t%.3f\t%.2f\t%.1f\t%.1f\t%.2f\t", m[perSecond], m[p50], m[p99], m[micros], m[peak], ratio)
-		b.ReportMetric(m[perSecond], []string{"reference/s", "service/s", "base/s"}[i])
+	for _, m := range results {
+		if m.latencies == nil {
+			cells += "|\t\t\t\t\t"
+		} else {
+			cells += m.cells(results[0].perSecond())
+		}
 	}
-	b.ReportMetric(0, "ns/op") // of a whole round: that says nothing
 	return cells
-}
-
-// medians returns the median of each figure.
-func medians(rounds []measurement) (median measurement) {
-	for figure := range median {
-		slices.SortFunc(rounds, func(a, b measurement) int { return cmp.Compare(a[figure], b[figure]) })
-		median[figure] = rounds[len(rounds)/2][figure]
-	}
-	return median
-}
-
-// clearList takes the list out of Redis 200 times a second.
-func clearList(ctx context.Context, cfg config) {
-	conn := must(redis.Dial("tcp", net.JoinHostPort(cfg.redisHost, cfg.redisPort)))
-	defer conn.Close()
-	for ; ctx.Err() == nil; time.Sleep(5 * time.Millisecond) {
-		must(conn.Do("DEL", keyAll))
-	}
-}
-
-// BenchmarkStart measures how long it takes from the start of the process to the first answer from the database, both
-// servers being up.
-func BenchmarkStart(b *testing.B) {
-	cfg := catalogue(b, 8)
-	for _, path := range binaries(b) {
-		b.Run(filepath.Base(path), func(b *testing.B) {
-			for b.Loop() {
-				p := startProcess(b, path, cfg, logLevel)
-				eventually(b, "it is well", func() bool { return p.send("GET", "/health", "").status == 200 })
-				b.StopTimer()
-				p.kill()
-				b.StartTimer()
-			}
-		})
-	}
 }

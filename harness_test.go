@@ -30,17 +30,17 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// TestMain is the service itself if DESAFIO3_RUN is set: that is how tests start it as a process, with the race detector
-// exactly when they have it themselves. Otherwise it runs the tests. They start their own servers, the first time that
-// one is needed. With -short only the unit tests run, which need none.
+// TestMain is the service itself if DESAFIO3_RUN is set: that is how tests start it as a process, with the race
+// detector exactly when they have it themselves. Otherwise it runs the tests. They start their own servers, the first
+// time that one is needed. With -short only the unit tests run, which need none.
 func TestMain(m *testing.M) {
 	if os.Getenv("DESAFIO3_RUN") != "" {
 		os.Exit(run(os.Args))
 	}
+	check(flag.Set("test.parallel", "6")) // a default: most tests wait most of the time, on any number of processors
 	flag.Parse()
-	setDefault("test.parallel", "6") // most tests wait most of the time, on any number of processors
-	if testing.Short() {
-		setDefault("test.run", "^(TestUnit|Fuzz)")
+	if names := flag.Lookup("test.run").Value; testing.Short() && names.String() == "" {
+		check(names.Set("^(TestUnit|Fuzz)"))
 	}
 	slog.SetDefault(slog.New(slog.DiscardHandler))
 	setEnvironment()
@@ -54,31 +54,23 @@ func TestMain(m *testing.M) {
 	_ = guard.Wait() // it kills itself, too
 }
 
-// setDefault sets a flag that the command line does not set.
-func setDefault(name, value string) {
-	if f := flag.Lookup(name); f.Value.String() == f.DefValue {
-		check(f.Value.Set(value))
-	}
-}
-
 // setEnvironment replaces the developer's environment, in which there may be other servers and passwords. Only what Go
 // needs and what these tests read themselves stays. The rest is the configuration of tests and children.
 func setEnvironment() {
-	kept := regexp.MustCompile(`^(PATH|HOME|GO\w*|SEED|PROMISE|HISTORY)$`)
+	kept := regexp.MustCompile(`^(PATH|HOME|GO\w*|PROMISE|HISTORY)$`)
 	for _, variable := range os.Environ() {
 		if name, _, _ := strings.Cut(variable, "="); !kept.MatchString(name) {
 			check(os.Unsetenv(name))
 		}
 	}
-	path := []string{os.Getenv("PATH"), "/usr/sbin"}
-	for _, servers := range []string{"/usr/lib/postgresql/*/bin", "/opt/homebrew/opt/postgresql*/bin", "/usr/local/opt/postgresql*/bin"} {
-		path = append(path, must(filepath.Glob(servers))...)
-	}
+	debian, homebrew := must(filepath.Glob("/usr/lib/postgresql/*/bin")), must(filepath.Glob("/*/*/opt/postgresql*/bin"))
+	path := slices.Concat([]string{os.Getenv("PATH"), "/usr/sbin"}, debian, homebrew)
 	// Everyone may enter /tmp, also the user postgres, and the path of a Unix socket there is short enough for macOS.
 	folder = must(os.MkdirTemp("/tmp", "desafio3-"))
 	for name, value := range map[string]string{
-		"PATH": strings.Join(path, ":"), "TMPDIR": folder, "LC_ALL": "C", "POSTGRES_HOST": "127.0.0.1", "POSTGRES_PORT": freePort(),
-		"POSTGRES_USER": "postgres", "POSTGRES_DB": "postgres", "POSTGRES_PASSWORD": "postgres123", "REDIS_HOST": "127.0.0.1", "REDIS_PORT": "1",
+		"PATH": strings.Join(path, ":"), "TMPDIR": folder, "LC_ALL": "C", "POSTGRES_HOST": "127.0.0.1",
+		"POSTGRES_PORT": freePort(), "POSTGRES_USER": "postgres", "POSTGRES_PASSWORD": "postgres123",
+		"POSTGRES_DB": "postgres", "REDIS_HOST": "127.0.0.1", "REDIS_PORT": "1",
 	} {
 		check(os.Setenv(name, value))
 	}
@@ -94,7 +86,10 @@ var (
 	// clean-up runs. It is a shell whose input ends with this process. It stops PostgreSQL, whose processes leave the
 	// guard's group. It removes the folder, again while something is still written there. Then it kills its group, which
 	// each child joins.
-	guard  = exec.Command("sh", "-c", `cat; while kill -QUIT $(head -n 1 "$0/data/postmaster.pid"); do sleep 0.1; done; until rm -rf "$0"; do sleep 0.1; done; kill -9 0`)
+	guard = exec.Command("sh", "-c", `cat
+		while kill -QUIT $(head -n 1 "$0/data/postmaster.pid"); do sleep 0.1; done
+		until rm -rf "$0"; do sleep 0.1; done
+		kill -9 0`)
 	client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 1000}}
 )
 
@@ -116,38 +111,11 @@ func testConfig() config {
 	return must(configure(os.Getenv))
 }
 
-// withDatabase returns cfg with a database of its own, which is dropped when the test ends.
-func withDatabase(t testing.TB, cfg config) config {
-	reportStalls(t)
-	admin := psql(t, cfg)
-	cfg.postgresDB = fmt.Sprintf("test_%d", databases.Add(1))
-	must(admin.Exec("CREATE DATABASE " + cfg.postgresDB))
-	t.Cleanup(func() { must(admin.Exec("DROP DATABASE " + cfg.postgresDB + " WITH (FORCE)")) })
-	return cfg
-}
-
-// reportStalls measures ticks of 10 ms. If the test fails, it logs how late the latest tick was. The machine gave the test
-// no processor for that long, so a missed time of the protocol may not be the service's fault.
-func reportStalls(t testing.TB) {
-	var longest atomic.Int64
-	go func() {
-		const tick = 10 * time.Millisecond
-		for began := time.Now(); t.Context().Err() == nil; began = time.Now() {
-			time.Sleep(tick)
-			longest.Store(max(longest.Load(), int64(time.Since(began)-tick)))
-		}
-	}()
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("the machine's longest stall since this test began: %v", time.Duration(longest.Load()))
-		}
-	})
-}
-
 // psql is a session like a person's: its application_name is not the service's.
 func psql(t testing.TB, cfg config) *sql.DB {
-	db := must(sql.Open("postgres", fmt.Sprintf("host=%s port=%s user=%s password=%s dbname=%s sslmode=disable application_name=psql",
-		cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, cfg.postgresDB)))
+	dsn := fmt.Sprintf("host=%s port=%s user=%s password=%s dbname=%s sslmode=disable application_name=psql",
+		cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, cfg.postgresDB)
+	db := must(sql.Open("postgres", dsn))
 	t.Cleanup(func() { db.Close() })
 	return db
 }
@@ -170,33 +138,57 @@ type testServer struct {
 	*server
 	t         testing.TB
 	url       string
-	stopCache func() // ends cache.Run
+	stopCache func()       // ends cache.Run
+	redis     *redisServer // of a server that startAlone has started, as the next one
+	psql      *sql.DB
 }
 
 // alone returns a configuration with a database and a Redis of the test's own, so that it may run beside others.
 func alone(t *testing.T) (*redisServer, config) {
-	t.Helper()
 	t.Parallel()
 	return ownServers(t)
 }
 
-// ownServers does the same for a test that must not run beside others: one that stops PostgreSQL, for example.
+// ownServers does the same for a test that must not run beside others: one that stops PostgreSQL, for example. The
+// database is dropped when the test ends.
 func ownServers(t testing.TB) (*redisServer, config) {
-	t.Helper()
+	reportStalls(t)
 	r, cfg := startRedis(t, testConfig())
-	return r, withDatabase(t, cfg)
+	admin := psql(t, cfg)
+	cfg.postgresDB = fmt.Sprintf("test_%d", databases.Add(1))
+	must(admin.Exec("CREATE DATABASE " + cfg.postgresDB))
+	t.Cleanup(func() { must(admin.Exec("DROP DATABASE " + cfg.postgresDB + " WITH (FORCE)")) })
+	return r, cfg
+}
+
+// reportStalls measures ticks of 10 ms. If the test fails, it logs how late the latest tick was. The machine gave the test
+// no processor for that long, so a missed time of the protocol may not be the service's fault.
+func reportStalls(t testing.TB) {
+	var longest atomic.Int64
+	go func() {
+		const tick = 10 * time.Millisecond
+		for began := time.Now(); t.Context().Err() == nil; began = time.Now() {
+			time.Sleep(tick)
+			longest.Store(max(longest.Load(), int64(time.Since(began)-tick)))
+		}
+	}()
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the machine's longest stall since this test began: %v", time.Duration(longest.Load()))
+		}
+	})
 }
 
 // startAlone starts the service for a test that may run beside others.
 func startAlone(t *testing.T) *testServer {
-	t.Helper()
-	_, cfg := alone(t)
-	return startServer(t, cfg)
+	r, cfg := alone(t)
+	s := startServer(t, cfg)
+	s.redis, s.psql = r, psql(t, cfg)
+	return s
 }
 
 // startServer starts the service and waits until it is ready and trusts its cache.
 func startServer(t testing.TB, cfg config) *testServer {
-	t.Helper()
 	s := startReplica(t, cfg)
 	eventually(t, "the cache is trusted", s.cache.Trusted)
 	return s
@@ -212,15 +204,6 @@ func startReplica(t testing.TB, cfg config) *testServer {
 	return &testServer{server: s, t: t, url: web.URL, stopCache: cancel}
 }
 
-// awaitSchema waits until the service has made its table.
-func (s *testServer) awaitSchema() {
-	s.t.Helper()
-	eventually(s.t, "the table is there", func() bool {
-		_, err := s.db.Exec(`SELECT FROM products LIMIT 0`)
-		return err == nil
-	})
-}
-
 // eventually waits until a condition holds, and returns how long that took, which is at most a twentieth too much. It
 // fails the test when the condition does not hold within 15 seconds.
 func eventually(t testing.TB, what string, holds func() bool) (took time.Duration) {
@@ -234,20 +217,24 @@ func eventually(t testing.TB, what string, holds func() bool) (took time.Duratio
 	return took
 }
 
-// within fails the test when something took longer than it may.
+// expect fails the test unless a condition holds. The message says what was found instead.
+func expect(t testing.TB, holds bool, message string, args ...any) {
+	t.Helper()
+	if !holds {
+		t.Errorf(message, args...)
+	}
+}
+
+// within fails the test if something took longer than its limit.
 func within(t testing.TB, took, limit time.Duration, what string) {
 	t.Helper()
-	if took > limit {
-		t.Errorf("it took %v, and may take %v: %s", took, limit, what)
-	}
+	expect(t, took <= limit, "%s took %v, the limit is %v", what, took, limit)
 }
 
 // equal fails the test unless two values are the same.
 func equal[T comparable](t testing.TB, what string, got, want T) {
 	t.Helper()
-	if got != want {
-		t.Errorf("%s: got %v, want %v", what, got, want)
-	}
+	expect(t, got == want, "%s: got %v, want %v", what, got, want)
 }
 
 // concurrently calls f so many times at the same time, with 0, 1, 2 and so on. What it returns waits for all of them.
@@ -279,30 +266,17 @@ type answer struct {
 
 func (a answer) source() source { return source(a.header.Get("Cache-Status")) }
 
-// says fails the test unless the body contains a text.
-func (a answer) says(text string) {
+// contains fails the test unless the body contains a text.
+func (a answer) contains(text string) {
 	a.t.Helper()
-	if !strings.Contains(a.body, text) {
-		a.t.Errorf("no %s in %s", text, a.body)
-	}
+	expect(a.t, strings.Contains(a.body, text), "no %s in %s", text, a.body)
 }
 
 // send makes a request; a body is sent as JSON. Headers come in pairs.
-func (s *testServer) send(method, path, body string, headers ...string) answer {
-	s.t.Helper()
-	a, err := s.trySend(method, path, body, headers...)
-	if err != nil {
-		s.t.Fatalf("%s %s: %v", method, path, err)
-	}
-	return a
-}
-
-// trySend is send for the goroutines of a test, which may not end it.
-func (s *testServer) trySend(method, path, body string, headers ...string) (a answer, err error) {
+func (s *testServer) send(method, path, text string, headers ...string) (answer, error) {
 	began := time.Now()
-	defer func() { a.took = time.Since(began) }()
-	r := must(http.NewRequest(method, s.url+path, strings.NewReader(body)))
-	if body != "" {
+	r := must(http.NewRequest(method, s.url+path, strings.NewReader(text)))
+	if text != "" {
 		r.Header.Set("Content-Type", "application/json")
 	}
 	for i := 0; i < len(headers); i += 2 {
@@ -310,39 +284,31 @@ func (s *testServer) trySend(method, path, body string, headers ...string) (a an
 	}
 	response, err := client.Do(r)
 	if err != nil {
-		return a, err
+		return answer{took: time.Since(began)}, err
 	}
 	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	return answer{t: s.t, status: response.StatusCode, header: response.Header, body: string(text), closes: response.Close}, err
+	body, err := io.ReadAll(response.Body)
+	return answer{s.t, response.StatusCode, response.Header, string(body), response.Close, time.Since(began)}, err
 }
 
-// want makes a request and fails the test unless the status is as given.
+// want makes a request and fails the test unless the status is as given. An error must be as RFC 9457 has it, and give
+// away nothing of the inside.
 func (s *testServer) want(status int, method, path, body string, headers ...string) answer {
 	s.t.Helper()
-	a := s.send(method, path, body, headers...)
+	a := must(s.send(method, path, body, headers...))
 	if a.status != status {
 		s.t.Fatalf("%s %s %s: got %d, want %d: %s", method, path, body, a.status, status, a.body)
 	}
+	equal(s.t, "Cache-Control", a.header.Get("Cache-Control"), "no-cache")
 	if status >= 400 {
-		wantProblem(s.t, a)
+		var p problem
+		err := json.Unmarshal([]byte(a.body), &p)
+		ok := err == nil && p.Status == status && p.Title == http.StatusText(status) && p.Detail != ""
+		expect(s.t, ok && a.header.Get("Content-Type") == "application/problem+json", "%v %s", a.header, a.body)
+		inside := regexp.MustCompile(`pq:|SELECT|127\.0\.0\.1|goroutine|dial tcp`).FindString(a.body)
+		equal(s.t, "what the error gives away", inside, "")
 	}
 	return a
-}
-
-// wantProblem checks that an error says what RFC 9457 wants, and nothing that it must not.
-func wantProblem(t testing.TB, a answer) {
-	t.Helper()
-	var p problem
-	if err := json.Unmarshal([]byte(a.body), &p); err != nil || p.Status != a.status || p.Title != http.StatusText(a.status) ||
-		p.Detail == "" || a.header.Get("Content-Type") != "application/problem+json" {
-		t.Errorf("not a problem: %d %v %s", a.status, a.header, a.body)
-	}
-	for _, secret := range []string{"pq:", "SELECT", "127.0.0.1", "goroutine", "dial tcp"} {
-		if strings.Contains(a.body, secret) {
-			t.Errorf("the error tells %q: %s", secret, a.body)
-		}
-	}
 }
 
 // create makes a product and returns its path.
@@ -362,7 +328,7 @@ func (s *testServer) wantSource(from source, path string) string {
 // awaitHit waits until the cache answers a read, and returns how long that took.
 func (s *testServer) awaitHit(path string) time.Duration {
 	s.t.Helper()
-	return eventually(s.t, "a hit of "+path, func() bool { return s.send("GET", path, "").source() == hit })
+	return eventually(s.t, "a hit of "+path, func() bool { return must(s.send("GET", path, "")).source() == hit })
 }
 
 // A child is a process that a test starts, in the tests' environment with what is added to it. It is the service where
@@ -403,22 +369,22 @@ type process struct {
 	*testServer
 	path string
 	env  []string
-	log  string // a file
+	log  *os.File
 }
 
 // startProcess starts a program on a free port. None may leave a data race or a panic in its log.
 func startProcess(t testing.TB, path string, cfg config, env ...string) *process {
-	t.Helper()
 	port := freePort()
-	p := &process{testServer: &testServer{t: t, url: "http://127.0.0.1:" + port}, path: path, log: filepath.Join(t.TempDir(), "web.log")}
-	p.env = append([]string{"PORT=" + port, "POSTGRES_SSLMODE=disable", "POSTGRES_HOST=" + cfg.postgresHost, "POSTGRES_PORT=" + cfg.postgresPort,
-		"POSTGRES_DB=" + cfg.postgresDB, "REDIS_HOST=" + cfg.redisHost, "REDIS_PORT=" + cfg.redisPort}, env...)
+	p := &process{testServer: &testServer{t: t, url: "http://127.0.0.1:" + port}, path: path}
+	p.env = append([]string{"PORT=" + port, "POSTGRES_SSLMODE=disable", "POSTGRES_PORT=" + cfg.postgresPort,
+		"POSTGRES_DB=" + cfg.postgresDB, "REDIS_PORT=" + cfg.redisPort}, env...)
+	p.log = must(os.Create(filepath.Join(t.TempDir(), "web.log")))
 	t.Cleanup(func() {
 		p.kill()
-		log := must(os.ReadFile(p.log))
-		if t.Failed() || bytes.Contains(log, []byte("DATA RACE")) || bytes.Contains(log, []byte("panic")) {
-			t.Errorf("the end of the log of %s:\n%s", p.url, log[max(0, len(log)-5000):])
-		}
+		check(p.log.Close())
+		log := must(os.ReadFile(p.log.Name()))
+		clean := !bytes.Contains(log, []byte("DATA RACE")) && !bytes.Contains(log, []byte("panic"))
+		expect(t, clean && !t.Failed(), "the end of the log of %s:\n%s", p.url, log[max(0, len(log)-5000):])
 	})
 	p.start()
 	return p
@@ -426,36 +392,21 @@ func startProcess(t testing.TB, path string, cfg config, env ...string) *process
 
 // start starts it, or starts it again, and waits until it listens.
 func (p *process) start() {
-	p.t.Helper()
-	log := must(os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600))
-	defer log.Close()
 	p.child = newChild(p.env, p.path)
-	p.Stdout, p.Stderr = log, log
+	p.Stdout, p.Stderr = p.log, p.log
 	check(p.Start())
 	eventually(p.t, "the service listens", func() bool {
-		_, err := p.trySend("GET", "/", "")
+		_, err := p.send("GET", "/", "")
 		return err == nil
 	})
 }
 
-// wantExit runs a command line of the service to its end, checks its exit status and that it says something, and
-// returns all that it says.
-func wantExit(t testing.TB, status int, says, path string, env []string, args ...string) string {
+// wantExit runs a command line of the service to its end, and checks its exit status and what it prints.
+func wantExit(t testing.TB, status int, prints, path string, env []string, args ...string) {
 	t.Helper()
 	cmd := newChild(env, path, args...)
 	out, err := cmd.CombinedOutput()
-	if cmd.ProcessState.ExitCode() != status || !strings.Contains(string(out), says) {
-		t.Errorf("%s %v: %v %s", args, env, err, out)
-	}
-	return string(out)
-}
-
-// listen takes a port of 127.0.0.1 until the test ends.
-func listen(t testing.TB) (l net.Listener, port string) {
-	l = must(net.Listen("tcp", "127.0.0.1:0"))
-	t.Cleanup(func() { l.Close() })
-	_, port, _ = net.SplitHostPort(l.Addr().String())
-	return l, port
+	expect(t, cmd.ProcessState.ExitCode() == status && regexp.MustCompile(prints).Match(out), "%v: %v %s", args, err, out)
 }
 
 // freePort returns a port that nobody listens on, each only once as long as a run needs fewer than 400: a server may be
@@ -483,63 +434,48 @@ type redisServer struct {
 
 // stock holds a few Redis servers for the next tests. A service does not use a Redis before it has been up for a while,
 // and these have been when a test takes one.
-var stock = sync.OnceValue(func() chan *redisServer {
-	stock := make(chan *redisServer, 12)
-	go func() {
-		for {
-			r := &redisServer{port: freePort()}
-			r.launch()
-			stock <- r
-		}
-	}()
-	return stock
-})
+var stock = make(chan *redisServer, 12)
+
+func fillStock() {
+	for {
+		r := &redisServer{port: freePort()}
+		r.launch()
+		stock <- r
+	}
+}
 
 // startRedis takes a Redis from the stock and returns a configuration that uses it.
 func startRedis(t testing.TB, cfg config) (*redisServer, config) {
-	t.Helper()
-	r := <-stock()
+	r := <-stock
 	r.t = t
 	t.Cleanup(func() { r.kill() })
 	r.awaitAnswer()
-	cfg.redisHost, cfg.redisPort = "127.0.0.1", r.port
+	cfg.redisPort = r.port
 	return r, cfg
 }
 
 // launch starts it, and does not wait for it.
 func (r *redisServer) launch() {
-	r.child = newChild(nil, redisProgram(), "--port", r.port, "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--dbfilename", r.port)
+	r.child = newChild(nil, program("redis-server", "valkey-server"),
+		"--port", r.port, "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--dbfilename", r.port)
 	check(r.Start())
 }
 
-// start starts it again.
-func (r *redisServer) start() {
-	r.t.Helper()
-	r.launch()
-	r.awaitAnswer()
-}
-
 func (r *redisServer) awaitAnswer() {
-	r.t.Helper()
 	eventually(r.t, "redis answers", func() bool {
 		_, err := r.try("PING") // an error while it loads a snapshot
 		return err == nil
 	})
 }
 
-// save returns what kills the server and brings it back as it is now.
-func (r *redisServer) save() (bringBack func()) {
-	r.do("SAVE")
-	file := filepath.Join(folder, r.port)
-	snapshot := must(os.ReadFile(file))
-	return func() {
-		r.kill()
-		check(os.WriteFile(file, snapshot, 0o600))
-		r.start()
-	}
+// restart kills it and starts it again, with what it saved last.
+func (r *redisServer) restart() {
+	r.kill()
+	r.launch()
+	r.awaitAnswer()
 }
 
-// do runs a command on a connection that the service does not know.
+// do runs a command on a connection that the service does not know. Its words may be in one text.
 func (r *redisServer) do(command string, args ...any) any { return must(r.try(command, args...)) }
 
 func (r *redisServer) try(command string, args ...any) (any, error) {
@@ -548,38 +484,37 @@ func (r *redisServer) try(command string, args ...any) (any, error) {
 		return nil, err
 	}
 	defer conn.Close()
-	return conn.Do(command, args...)
+	words := redis.Args{}.AddFlat(strings.Fields(command)).Add(args...)
+	return conn.Do(words[0].(string), words[1:]...)
 }
 
-// program returns the path of the first of these programs that is installed, or says what to install and ends the tests.
+// program returns the path of the first of these programs that is installed, or ends the tests.
 func program(names ...string) string {
 	for _, name := range names {
 		if path, err := exec.LookPath(name); err == nil {
 			return path
 		}
 	}
-	const packages = "postgresql redis pgbouncer"
-	fmt.Printf("%s is missing: apt-get install %s, or brew install %s\n", strings.Join(names, " or "), packages, packages)
-	os.Exit(1)
-	return ""
+	panic(strings.Join(names, " or ") + " is missing: install postgresql, redis and pgbouncer with apt-get or brew")
 }
-
-func redisProgram() string { return program("redis-server", "valkey-server") }
 
 // makePostgres makes the tests' PostgreSQL, with a password, and starts it, if all servers are installed.
 var makePostgres = sync.OnceFunc(func() {
-	_, _ = redisProgram(), program("pgbouncer")
+	program("pgbouncer")
+	go fillStock()
 	password := filepath.Join(folder, "password")
 	check(os.WriteFile(password, []byte(os.Getenv("POSTGRES_PASSWORD")), 0o644))
 	// Killed halfway, this would leave shared memory behind. So the guard waits for its end, too.
-	pgCtl([]*os.File{alive}, "init", "-o", "-U postgres -A scram-sha-256 --pwfile="+password+" -E UTF8 --no-locale --no-sync")
+	options := "-U postgres -A scram-sha-256 --pwfile=" + password + " -E UTF8 --no-locale --no-sync"
+	pgCtl([]*os.File{alive}, "init", "-o", options)
 	startPostgres()
 })
 
 // startPostgres starts PostgreSQL, again if it runs, and returns when it answers. Only benchmarks wait for the disk.
 func startPostgres() {
-	pgCtl(nil, "restart", "-m", "immediate", "-o", fmt.Sprintf("-c listen_addresses=127.0.0.1 -c port=%s -c unix_socket_directories= -c max_connections=500 -c fsync=%t",
-		os.Getenv("POSTGRES_PORT"), flag.Lookup("test.bench").Value.String() != ""))
+	benchmark := flag.Lookup("test.bench").Value.String() != ""
+	pgCtl(nil, "restart", "-m", "immediate", "-o", fmt.Sprintf("-h 127.0.0.1 -p %s -k '' -N 500 -c fsync=%t",
+		os.Getenv("POSTGRES_PORT"), benchmark))
 }
 
 // stopPostgres makes PostgreSQL crash. A test that does so must not run beside others.
@@ -597,10 +532,9 @@ func pgCtl(open []*os.File, args ...string) {
 	}
 }
 
-// startPgBouncer starts a PgBouncer as Debian installs it before cfg's PostgreSQL, and returns cfg with its address. Lines
-// of its configuration may be added, as "pool_mode = transaction".
-func startPgBouncer(t testing.TB, cfg config, lines ...string) config {
-	t.Helper()
+// startPgBouncer starts a PgBouncer before cfg's PostgreSQL, and returns cfg with its address. The settings are added
+// to those of Debian's package.
+func startPgBouncer(t testing.TB, cfg config, settings string) config {
 	port := freePort()
 	file := filepath.Join(folder, "pgbouncer-"+port)
 	check(os.WriteFile(file, fmt.Appendf(nil, `[databases]
@@ -610,24 +544,22 @@ func startPgBouncer(t testing.TB, cfg config, lines ...string) config {
 		listen_port = %s
 		unix_socket_dir =
 		auth_type = any
-		%s`, cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, port, strings.Join(lines, "\n")), 0o644))
+		%s`, cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, port, settings), 0o644))
 	c := newChild(nil, program("pgbouncer"), "-q", file).unprivileged()
-	c.Stdout, c.Stderr = os.Stderr, os.Stderr
+	c.Stderr = os.Stderr
 	check(c.Start())
 	t.Cleanup(c.kill)
-	cfg.postgresHost, cfg.postgresPort = "127.0.0.1", port
-	db := psql(t, cfg)
-	eventually(t, "PgBouncer answers", func() bool { return db.Ping() == nil })
+	cfg.postgresPort = port
 	return cfg
 }
 
 // A proxy stands between the service and a server. It can let connections fall silent, which keeps what is sent until
 // they speak again, cut them, and lead new ones to another server.
 type proxy struct {
-	port  string
-	ctx   context.Context      // ends with the test
-	watch func(data []byte)    // sees what is passed on; it may take its time, and change it
-	line  atomic.Pointer[line] // of new connections
+	target string
+	ctx    context.Context      // ends with the test
+	watch  func(data []byte)    // sees what is passed on; it may take its time, and change it
+	line   atomic.Pointer[line] // of new connections
 }
 
 // A line is what connections share that were accepted between two changes of a proxy.
@@ -638,15 +570,18 @@ type line struct {
 	silent          atomic.Bool
 }
 
-func startProxy(t testing.TB, target string, watch func(data []byte)) *proxy {
-	l, port := listen(t)
-	x := &proxy{port: port, ctx: t.Context(), watch: watch}
-	x.renew(target)
+// startProxy starts a proxy before the server at a port of this machine, and replaces the port by its own.
+func startProxy(t testing.TB, port *string, watch func(data []byte)) *proxy {
+	l := must(net.Listen("tcp", "127.0.0.1:0"))
+	t.Cleanup(func() { l.Close() })
+	x := &proxy{target: "127.0.0.1:" + *port, ctx: t.Context(), watch: watch}
+	x.renew(x.target)
 	go func() {
 		for client, err := l.Accept(); err == nil; client, err = l.Accept() {
 			go x.serve(client)
 		}
 	}()
+	*port = fmt.Sprint(l.Addr().(*net.TCPAddr).Port)
 	return x
 }
 
@@ -657,8 +592,7 @@ func (x *proxy) serve(client net.Conn) {
 	if err != nil {
 		return
 	}
-	defer server.Close()
-	defer context.AfterFunc(li, func() { _, _ = client.Close(), server.Close() })()
+	context.AfterFunc(li, func() { _, _ = client.Close(), server.Close() })
 	go x.pass(li, server, client)
 	x.pass(li, client, server)
 }
