@@ -23,7 +23,7 @@ step() {
   set -e
   if ((result == 0)); then
     printf '%sok%s %4d s\n' "$green" "$plain" $((SECONDS - started))
-    sed -n '/^ok /p; /SEED=/p; /in total:/p; /left out/p' "$log"
+    sed -n '/^ok /p; /in total:/p; /left out/p' "$log"
     sed -nE 's/^ *--- PASS: (.*) \((.*)s\)$/\2 s  \1/p' "$log" | sort -rn | head # the ten slowest tests
   else
     printf '%sFAILED%s\n' "$red" "$plain"
