@@ -11,25 +11,38 @@ unset LOG_LEVEL DESAFIO3_MODE DESAFIO3_STATE
 COMPOSE_DISABLE_ENV_FILE=1 # nor those of your .env
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-# step NAME COMMAND...: runs it, and shows what it printed only if it failed. One step at a time: some tests and
-# demonstrations measure times.
-broken=''
+names=() pids=() broken=''
+
+# step NAME COMMAND...: starts it, in a process group of its own, so that it can be ended with all that it has started.
 step() {
-  local result log=$TEST_DIR/log started=$SECONDS
-  printf '%-44s' "$1"
-  set +e # "if" would also switch it off inside the step
-  (set -e && "${@:2}") </dev/null >"$log" 2>&1
-  result=$?
-  set -e
-  if ((result == 0)); then
-    printf '%sok%s %4d s\n' "$green" "$plain" $((SECONDS - started))
-    sed -n '/^ok /p; /in total:/p; /left out/p' "$log"
-    sed -nE 's/^ *--- PASS: (.*) \((.*)s\)$/\2 s  \1/p' "$log" | sort -rn | head # the ten slowest tests
-  else
-    printf '%sFAILED%s\n' "$red" "$plain"
-    sed '/^=== /d; /^ *--- PASS/d; s/^/    | /' "$log"
-    broken+="$1; "
-  fi
+  set -m
+  (TIMEFORMAT='%0R s' && time "${@:2}") </dev/null >"$TEST_DIR/$1.log" 2>&1 &
+  set +m
+  names+=("$1") pids+=($!)
+}
+
+# results: waits for the steps that were started, and shows what a step printed if it failed.
+results() {
+  local i log
+  for i in "${!pids[@]}"; do
+    log=$TEST_DIR/${names[i]}.log
+    printf '%-44s' "${names[i]}"
+    if wait "${pids[i]}"; then
+      printf '%sok%s %6s\n' "$green" "$plain" "$(tail -n 1 "$log")"
+      sed -n '/^ok /p; /in total:/p; /left out/p' "$log"
+      sed -nE 's/^ *--- PASS: (.*) \((.*)s\)$/\2 s  \1/p' "$log" | sort -rn | head # the ten slowest tests
+    else
+      printf '%sFAILED%s\n' "$red" "$plain"
+      sed '/^=== /d; /^ *--- PASS/d; s/^/    | /' "$log"
+      broken+="${names[i]}; "
+    fi
+  done
+  names=() pids=()
+}
+
+# end_steps: ends those that still run. They have time to clean up.
+end_steps() {
+  ((${#pids[@]} == 0)) || { kill -TERM -- "${pids[@]/#/-}" 2>/dev/null; wait; }
 }
 
 # ---------------------------------------------------------------- what the steps do
@@ -117,11 +130,12 @@ end_to_end() {
 need_servers pgbouncer 'gcc clang=gcc libc6-dev' shellcheck perl python3
 
 TEST_DIR=$(mktemp -d)
-at_exit "rm -rf '$TEST_DIR'"
+at_exit "end_steps; rm -rf '$TEST_DIR'"
 step 'gofmt, go vet' formatted
 step 'shellcheck' shellcheck -x scripts/*.sh .ci/run
 step 'the documents' documents_are_sound
 step 'go test -race' go test -v -race -count=1 -timeout 80m ./...
+results # before the next steps: some tests measure times
 step 'end to end, without Docker' end_to_end local
 reason=$(why_not_docker)
 if [[ -n $reason ]]; then
@@ -135,9 +149,11 @@ else
   else
     say 'demo_swarm.sh: left out, since the engine is in a swarm, or stacks of Compose run there'
   fi
+  results # before the next steps: demo_swarm.sh refuses an engine where stacks of Compose run
   step 'end to end, with Docker' end_to_end docker
   step 'demo_orchestration.sh' ./scripts/demo_orchestration.sh
 fi
+results
 [[ -z $broken ]] || die "failed: ${broken%; }"
 [[ -n $reason || -z $(in_docker "$project") ]] || die "Docker still has $(in_docker "$project")"
 printf '\n%sEverything holds.%s\n' "$green" "$plain"

@@ -7,8 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-need_servers
-PATH+=:/usr/sbin need pgbouncer perl
+need_servers pgbouncer perl
 TEST_DIR=$(mktemp -d)
 at_exit "rm -rf '$TEST_DIR'"
 
