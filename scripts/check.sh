@@ -5,10 +5,10 @@
 # several checks may run at the same time. To run one test only: go test -run TestFillWhileWriting .
 set -euo pipefail
 
-# Names of its own, and none of your stack's settings. One version for all, so that the image is built only once.
-export COMPOSE_PROJECT_NAME=desafio3-check-$$ DESAFIO3_VERSION=check
+# Names of its own, and none of your stack's settings, nor those of your .env. One version for all, so that the image is
+# built only once.
+export COMPOSE_PROJECT_NAME=desafio3-check-$$ DESAFIO3_VERSION=check COMPOSE_DISABLE_ENV_FILE=1
 unset LOG_LEVEL DESAFIO3_MODE DESAFIO3_STATE
-COMPOSE_DISABLE_ENV_FILE=1 # nor those of your .env
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 names=() pids=() broken=''
@@ -38,11 +38,6 @@ results() {
     fi
   done
   names=() pids=()
-}
-
-# end_steps: ends those that still run. They have time to clean up.
-end_steps() {
-  ((${#pids[@]} == 0)) || { kill -TERM -- "${pids[@]/#/-}" 2>/dev/null; wait; }
 }
 
 # ---------------------------------------------------------------- what the steps do
@@ -130,7 +125,9 @@ end_to_end() {
 need_servers pgbouncer 'gcc clang=gcc libc6-dev' shellcheck perl python3
 
 TEST_DIR=$(mktemp -d)
-at_exit "end_steps; rm -rf '$TEST_DIR'"
+# Steps that still run have time to clean up.
+# shellcheck disable=SC2016 # expanded at the exit
+at_exit '((${#pids[@]} == 0)) || { kill -TERM -- "${pids[@]/#/-}" 2>/dev/null; wait; }; rm -rf "$TEST_DIR"'
 step 'gofmt, go vet' formatted
 step 'shellcheck' shellcheck -x scripts/*.sh .ci/run
 step 'the documents' documents_are_sound

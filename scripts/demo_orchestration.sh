@@ -39,7 +39,6 @@ claim 'web started after Redis was healthy' web_started_after redis
 tell
 
 title '2. Names and addresses'
-say "\$ docker network inspect $project-network"
 docker network inspect -f '{{range .Containers}}    {{.Name}} {{.IPv4Address}}{{"\n"}}{{end}}' "$project-network"
 for name in postgres redis; do
   run docker exec "$project-web" ping -c 1 "$name"

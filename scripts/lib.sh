@@ -157,7 +157,7 @@ like() { [[ $2 == $1 ]]; }
 
 # hit: reads the product $id, and succeeds if the answer came from Redis. cached PRICE: soon it does, with this price.
 hit() { request GET "/products/$id" && is "$cache" 'redis; hit'; }
-cached() { wait_for 10 hit && is "$(field price)" "$1"; }
+cached() { wait_for 20 hit && is "$(field price)" "$1"; }
 
 # price_is PRICE: the service returns this price for the product $id.
 price_is() { request GET "/products/$id" >/dev/null && is "$status $(field price)" "200 $1"; }
