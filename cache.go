@@ -22,33 +22,33 @@ import (
 	"github.com/lib/pq/pqerror"
 )
 
-// A cache keeps the bodies of responses in Redis, and it never lies: with it, the API gives no answer that it could
-// not have given without it. Handlers call Get and Write; Run must run.
+// A cache keeps response bodies in Redis, and it never lies: with it, the API returns nothing that it could not have
+// returned without it. Handlers call Get and Write. Run must be running.
 //
-// The pattern is cache-aside: a reader asks Redis first, on a miss it asks PostgreSQL and fills the key; a writer
-// changes PostgreSQL and deletes the key. Without more, this pattern returns stale data, because the two servers know
-// nothing of each other. Four rules make it right. Each is explained where it is in the code:
+// The pattern is cache-aside. A reader asks Redis first; on a miss it asks PostgreSQL and fills the key. A writer
+// changes PostgreSQL and deletes the key. The pattern as such returns stale data, because neither server knows about
+// the other. Four rules fix it. The code in parentheses explains each:
 //
-//  1. A reader takes a lease, a writer announces itself; a fill needs the lease and no writer at work (fillScript).
-//  2. The database tells what the API did not do, and the service verifies that it does (verifier).
-//  3. In doubt, drop everything, and let a new Redis settle (distrust, restore).
-//  4. Share only what starts after you (Get).
+//  1. A fill needs a lease and no active writer (fillScript, announceScript).
+//  2. The database reports changes made outside the API, and the service keeps checking that it can (verifier).
+//  3. When in doubt, drop everything, and let a new Redis settle (distrust, restore).
+//  4. Join only a lookup that has not started (Get).
 //
-// The first two are ideas of "Scaling Memcache at Facebook" (NSDI 2013).
+// The first two come from "Scaling Memcache at Facebook" (NSDI 2013).
 type cache struct {
 	cacheConfig
 	trust   *trust
 	redis   *redisClient
 	lookups lookups
 
-	requests map[source]*atomic.Int64 // answers since this process started
+	requests map[source]*atomic.Int64 // responses since this process started
 }
 
-// A cacheConfig is what a cache needs.
+// A cacheConfig holds what a cache depends on.
 type cacheConfig struct {
-	db            *sql.DB      // the pool of the requests
-	heartbeatDB   *sql.DB      // one connection, made as the pool's are: an exhausted pool is no reason for doubt
-	sessions      *atomic.Bool // set here while both are known to be sessions of PostgreSQL's, with no pooler that mixes them
+	db            *sql.DB      // the pool that serves requests
+	heartbeatDB   *sql.DB      // one connection, opened like the pool's: an exhausted pool is no reason for doubt
+	sessions      *atomic.Bool // set by the verifier while each connection is one PostgreSQL session: no pooler mixes
 	newListener   func(pq.EventCallbackType) *pq.Listener
 	applySchema   func(context.Context) error
 	redisAddress  string
@@ -56,45 +56,45 @@ type cacheConfig struct {
 	ttl           time.Duration
 }
 
-// The times of the protocol.
+// The protocol's times.
 const (
 	heartbeat           = 200 * time.Millisecond  // how often each server is checked
 	heartbeatTimeout    = time.Second             // for PostgreSQL's answer to a check
-	redisTimeout        = 700 * time.Millisecond  // for a round trip to Redis, with the connecting that it may need
+	redisTimeout        = 700 * time.Millisecond  // for a round trip to Redis, including a new connection
 	statementTimeout    = 2 * time.Second         // PostgreSQL ends a statement after this
-	queryTimeout        = 2500 * time.Millisecond // until the pool has a free connection
+	queryTimeout        = 2500 * time.Millisecond // to wait for a free connection
 	lookupTimeout       = 5 * time.Second         // for a lookup, and for each caller that waits for one
-	leaseLife           = lookupTimeout           // a lease is of no use to a lookup that has ended
-	sendTimeout         = 1500 * time.Millisecond
+	leaseLife           = lookupTimeout           // a lease is useless once its lookup has ended
+	sendTimeout         = 1500 * time.Millisecond // from a writer's announcement until it sends its statement
 	markLife            = 12 * time.Second
-	noticeTime          = redisTimeout + 2*heartbeat
+	noticeTime          = redisTimeout + 2*heartbeat // until every replica has noticed a new Redis
 	settleTime          = 5 * time.Second
 	heartbeatsPerSecond = int(time.Second / heartbeat)
-	applyInterval       = 2 * time.Second // between two tries to apply the schema
+	applyInterval       = 2 * time.Second // between two attempts to apply the schema
 )
 
-// The times lean on one another. Each line compiles only when what it converts is not negative:
+// The times depend on one another. Each line below compiles only if the value that it converts is not negative.
 //
-// A mark must still be there when its writer's statement commits at the last moment, sendTimeout after the
-// announcement and then statementTimeout, and for as long after that as a reader that read the old row may hold its
-// lease. A second goes to Redis's clock, which the scripts read in whole seconds.
+// A mark must outlast its writer's statement. The statement is sent up to sendTimeout after the announcement and runs
+// for up to statementTimeout. A reader that read the old row may then hold its lease for leaseLife. The extra second
+// is for Redis's clock, which the scripts read in whole seconds.
 const _ = uint64(markLife - (sendTimeout + statementTimeout + leaseLife + time.Second))
 
-// A Redis that has just started lacks the marks of the writers that announced themselves to the one before it. It is
-// not used until the last of them must have committed: noticeTime passes until every replica knows of the new Redis,
-// and then the time from an announcement to the end of its statement.
+// A Redis that has just started lacks the marks of writers that announced themselves to its predecessor. The cache
+// does not use it until the last of them has finished. Every replica notices the new Redis within noticeTime. After
+// that, an announced statement ends within sendTimeout and statementTimeout.
 const _ = uint64(settleTime - (noticeTime + sendTimeout + statementTimeout))
 
-// A writer that waits for an unresponsive Redis must still be allowed to send its statement afterwards.
+// A writer that has waited for an unresponsive Redis must still have time to send its statement.
 const _ = uint64(sendTimeout - 2*redisTimeout)
 
 const (
 	keyAll      = "products:all"
 	keyPrefix   = "products:"
-	leasePrefix = "lease:" // a body begins with a brace
+	leasePrefix = "lease:" // no body starts with this: bodies start with a brace
 )
 
-// writersKey names the sorted set of the writers that are at work on a key.
+// writersKey names the sorted set that holds the marks of a key's active writers.
 func writersKey(key string) string { return "writers:" + key }
 
 // A source says where a body came from, as the header Cache-Status does (RFC 9211).
@@ -103,10 +103,10 @@ type source string
 const (
 	hit    source = "redis; hit"
 	miss   source = "redis; fwd=miss"
-	bypass source = "redis; fwd=bypass" // Redis was not asked, or its answer not used
+	bypass source = "redis; fwd=bypass" // the cache did not ask Redis, or did not use its reply
 )
 
-// newCache returns a cache that has not connected to anything yet.
+// newCache returns a cache that has not connected to any server yet.
 func newCache(cfg cacheConfig) *cache {
 	t := &trust{}
 	t.epoch.Store(1) // no epoch is trusted yet
@@ -121,20 +121,20 @@ func newCache(cfg cacheConfig) *cache {
 
 // ---------------------------------------------------------------- reading
 
-// A lookup is one question for one key. The requests that arrived before it started share its result, which is there
-// when done is closed.
+// A lookup finds the body for one key, once. Requests that arrived before it started share its result. The result is
+// ready when done is closed.
 type lookup struct {
 	fillFrom func(context.Context) ([]byte, error)
 	started  bool   // guarded by the mutex of lookups
-	previous []byte // the body of the lookup before
+	previous []byte // the body that the previous lookup found
 	done     chan struct{}
 	body     []byte
 	source   source
 	err      error
 }
 
-// finish hands the result to the callers. A body that equals the one of the lookup before is that one: callers that
-// receive the same bytes then share one copy, however many lookups they came from.
+// finish hands the result to the callers. If the body equals the previous lookup's, finish reuses that slice. So
+// callers that receive the same bytes share one copy, even across lookups.
 func (l *lookup) finish(body []byte, from source, err error) {
 	if bytes.Equal(body, l.previous) {
 		body = l.previous
@@ -143,11 +143,11 @@ func (l *lookup) finish(body []byte, from source, err error) {
 	close(l.done)
 }
 
-// lookups lets requests share lookups. Of each key at most one lookup runs and one waits, and a request joins only a
+// lookups lets requests share lookups. For each key, at most one lookup runs and one waits. A request joins only a
 // lookup that starts after the request arrived.
 type lookups struct {
 	mu   sync.Mutex
-	last map[string]*lookup // by key: the one that waits or, if none does, the one that runs
+	last map[string]*lookup // by key: the waiting lookup or, if none waits, the running one
 }
 
 // join returns the lookup to wait for, and whether the caller must start it.
@@ -163,7 +163,7 @@ func (ls *lookups) join(key string, fillFrom func(context.Context) ([]byte, erro
 	return l, idle
 }
 
-// next ends a lookup's turn and returns the one that waits behind it, or nil.
+// next ends l's turn. It marks the lookup that waits behind l as started and returns it, or nil if none waits.
 func (ls *lookups) next(key string, l *lookup) *lookup {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
@@ -176,22 +176,22 @@ func (ls *lookups) next(key string, l *lookup) *lookup {
 	return next
 }
 
-// Get returns the body for key, from Redis or else from fillFrom, which must query PostgreSQL, and where it came from.
-// The body is never older than this call, nor than any body that was returned before it. It is shared: do not change
-// it. The error is fillFrom's or the context's, or context.DeadlineExceeded after lookupTimeout.
+// Get returns the body for key and its source: Redis, or else fillFrom, which must query PostgreSQL. The body is never
+// older than this call, nor than any body returned before it. Callers share the body and must not change it. The error
+// is fillFrom's or the context's, or context.DeadlineExceeded after lookupTimeout.
 func (c *cache) Get(ctx context.Context, key string, fillFrom func(context.Context) ([]byte, error)) ([]byte, source, error) {
-	// Rule 4: share only what starts after you. A thousand requests for one key must not cost a thousand queries. But
-	// to join a query that is running already, as the package singleflight does, would return stale data:
+	// Rule 4: join only a lookup that has not started. A thousand requests for one key must not cost a thousand
+	// queries. But joining a query that already runs, as the package singleflight does, would return stale data:
 	//
-	//	reader A asks PostgreSQL and gets 1.00, and its answer is on its way
+	//	reader A queries PostgreSQL and gets 1.00; the answer is on its way
 	//	a writer sets the price to 2.00, and its client gets the confirmation
 	//	that client reads, joins reader A's query, and gets 1.00
 	//
-	// So one lookup of a key runs, one waits for its turn, and new requests join the one that waits. A lookup outlives
+	// So one lookup of a key runs, and one waits for its turn. New requests join the one that waits. A lookup outlives
 	// the request that started it.
 	l, start := c.lookups.join(key, fillFrom)
 	if start {
-		c.lookUp(key, l) // here and not in a goroutine of its own, which a hit is not worth
+		c.lookUp(key, l) // not in a new goroutine: a hit is too cheap for one
 	}
 	select {
 	case <-l.done: // a hit needs no timer
@@ -210,8 +210,8 @@ func (c *cache) Get(ctx context.Context, key string, fillFrom func(context.Conte
 	return l.body, l.source, l.err
 }
 
-// lookUp runs a lookup. It asks Redis first, with one command that returns what the key holds or, when it holds
-// nothing, takes the lease on it. What Redis does not have is loaded in a goroutine of its own.
+// lookUp runs a lookup. It asks Redis first, with one command that returns what the key holds. If the key is empty,
+// the same command takes the lease. On a miss, a new goroutine queries PostgreSQL.
 func (c *cache) lookUp(key string, l *lookup) {
 	epoch := c.trust.epoch.Load()
 	if !c.trust.trustedIn(epoch) {
@@ -222,11 +222,11 @@ func (c *cache) lookUp(key string, l *lookup) {
 	reply, err := c.redis.do("SET", key, token, "NX", "GET", "EX", int(leaseLife.Seconds()))
 	held, _ := reply.([]byte)
 	switch {
-	case err != nil || c.trust.epoch.Load() != epoch: // a Redis that came back with an old snapshot may have answered
+	case err != nil || c.trust.epoch.Load() != epoch: // Redis may have restarted with an old snapshot and then replied
 		go c.fillFromDatabase(key, l, bypass, "")
 	case held == nil:
 		go c.fillFromDatabase(key, l, miss, token)
-	case bytes.HasPrefix(held, []byte(leasePrefix)): // another reader's, which will fill the key
+	case bytes.HasPrefix(held, []byte(leasePrefix)): // the lease of another reader, which will fill the key
 		go c.fillFromDatabase(key, l, miss, "")
 	default:
 		l.finish(held, hit, nil)
@@ -234,20 +234,21 @@ func (c *cache) lookUp(key string, l *lookup) {
 	}
 }
 
-// fillFromDatabase is the second half of a lookup: it queries PostgreSQL, answers the callers, and then fills the key
-// if this lookup has the lease. An error is not cached: then it gives the lease back.
+// fillFromDatabase is the second half of a lookup. It queries PostgreSQL and hands the result to the callers. Then it
+// fills the key if this lookup holds the lease. It does not cache an error: it gives the lease back instead.
 func (c *cache) fillFromDatabase(key string, l *lookup, from source, token string) {
 	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
 	defer cancel()
 	body, err := recovered(ctx, l.fillFrom)
-	l.finish(body, from, err) // before the fill: an unresponsive Redis holds up nobody
-	if token != "" {          // an error of Redis ends trust, and that is all there is to do about it
+	l.finish(body, from, err) // before the fill, so that no caller waits for an unresponsive Redis
+	if token != "" {          // the error can be ignored, because do has already ended trust
 		_, _ = c.redis.do("EVAL", fillScript, 2, key, writersKey(key), token, l.body, int(c.ttl.Seconds()))
 	}
 	c.startNext(key, l)
 }
 
-// recovered calls f and turns a panic into an error, as net/http does for a handler: it must not end the process.
+// recovered calls f and turns a panic into an error, so that it does not end the process. net/http recovers panics
+// only in the goroutines of handlers.
 func recovered(ctx context.Context, f func(context.Context) ([]byte, error)) (body []byte, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -260,25 +261,25 @@ func recovered(ctx context.Context, f func(context.Context) ([]byte, error)) (bo
 	return body, nil
 }
 
-// startNext starts the lookup that waits behind l, if there is one.
+// startNext starts the lookup that waits behind l, if any.
 func (c *cache) startNext(key string, l *lookup) {
 	if next := c.lookups.next(key, l); next != nil {
 		go c.lookUp(key, next)
 	}
 }
 
-// fillScript is the first half of rule 1: a fill needs the lease. Cache-aside without it is stale for a whole TTL:
+// fillScript is the reader's side of rule 1. A fill needs the lease. Without one, cache-aside is stale for a whole TTL:
 //
 //	reader:  finds no body, asks PostgreSQL, and gets the price 1.00
 //	writer:  sets the price to 2.00, deletes the key, and answers its client
 //	reader:  fills the key with 1.00
 //
-// Here the reader has left its token in the key. The writer's deletion takes the token with it, and the fill finds
-// another value. A lease expires, so a reader that dies does not keep the key empty for ever.
+// Here the reader has left its token in the key. The writer's deletion removes the token, so the fill is refused. A
+// lease expires, so a reader that dies does not keep the key empty forever.
 //
-// The second half is that no writer may be at work, since the reader may also have come between the writer's deletion
-// and its commit: then it has a new lease, and an old row. An empty body gives the lease back, and so does one for
-// which Redis has no memory: that is no error.
+// A fill also needs that no writer is active. The reader may have arrived between the writer's deletion and its
+// commit, and then it holds a new lease and an old row. An empty body gives the lease back. So does a body that does
+// not fit into Redis's memory, which is no error.
 const fillScript = `
 	local key, writers, token, body, ttl = KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]
 	if redis.call('GET', key) ~= token then return end
@@ -289,16 +290,16 @@ const fillScript = `
 
 // ---------------------------------------------------------------- writing
 
-// announceScript is how a writer announces itself before its SQL: it adds its mark to the sorted set of each key, and
-// deletes the keys. The deletion comes before the commit so that nobody goes back in time:
+// announceScript announces a writer before its SQL. It adds the writer's mark to the sorted set of each key and deletes
+// the keys. The deletion comes before the commit so that no reader goes back in time:
 //
 //	writer:    commits the price 2.00; Redis still holds 1.00
-//	reader A:  misses in another replica, and gets 2.00
-//	reader B:  comes after A, hits, and gets 1.00
+//	reader A:  asks a replica that bypasses Redis, and gets 2.00
+//	reader B:  starts after A has its answer, hits, and gets 1.00
 //
-// The mark's score is the time at which it expires, on Redis's own clock, for the writer that dies before it removes
-// it. A script is a transaction, like MULTI, which can read that clock. The sets have no TTL: a Redis that makes room by
-// evicting keys with a TTL must not evict marks.
+// The mark's score is its expiry time, in case the writer dies before it removes the mark. The time is on Redis's own
+// clock. A script is atomic, like MULTI, but can read that clock. The sets have no TTL, because a Redis that evicts
+// keys with a TTL to free memory must not evict marks.
 const announceScript = `
 	local expires = redis.call('TIME')[1] + ARGV[2]
 	for i = 1, #KEYS, 2 do
@@ -306,17 +307,18 @@ const announceScript = `
 		redis.call('DEL', KEYS[i])
 	end`
 
-// retractScript is how a writer takes its announcement back after its SQL: it removes its own mark, since other writers
-// may still be at work, and deletes the keys once more. Without that, a reader which took the lease and read the old
-// row before the commit could fill the key now that the mark is gone.
+// retractScript retracts a writer's announcement after its SQL. It removes only the writer's own mark, because other
+// writers may still be active. It also deletes the keys again. Otherwise a reader that took the lease and read the old
+// row before the commit could fill the key once the mark is gone.
 const retractScript = `
 	for i = 1, #KEYS, 2 do
 		redis.call('ZREM', KEYS[i + 1], ARGV[1])
 		redis.call('DEL', KEYS[i])
 	end`
 
-// The errors of changes. A change's error wraps errUnchanged where certainly nothing was changed, and errRepeat where
-// that is so and it would succeed at once. Write's error wraps errOutcomeUnknown where neither is known.
+// Errors of changes. A change's error wraps errUnchanged if certainly nothing was changed. It wraps errRepeat if, in
+// addition, another attempt would succeed at once. Write's error wraps errOutcomeUnknown if neither is known: the
+// change may have been made.
 var (
 	errUnchanged      = errors.New("nothing was changed")
 	errRepeat         = fmt.Errorf("repeat it: %w", errUnchanged)
@@ -325,30 +327,31 @@ var (
 )
 
 // Write runs change, which must send one statement, to change the rows behind keys. Once Write has returned, or any
-// client has seen the new rows, no reader gets an old body from the cache. A client that leaves does not stop it
-// halfway. The error is change's, or that of connecting, or errTooLate.
+// client has seen the new rows, no reader gets an old body from the cache. The end of ctx stops only the wait for a
+// connection, never a change halfway. The error is change's, a connection error, or errTooLate.
 func (c *cache) Write(ctx context.Context, keys []string, change func(context.Context, *sql.Conn) error) error {
 	for token := rand.Text(); ; {
 		announced, err := c.announceAndChange(ctx, keys, token, change)
-		// Where the announcement failed, the trigger has spoken. Where the outcome is unknown, the statement may yet commit:
-		// its marks stay until they expire. Where the retraction fails, too, the marks keep readers from filling.
+		// If the announcement failed, there is nothing to retract: the trigger has notified the replicas. If the
+		// outcome is unknown, the statement may yet commit, so its marks stay until they expire. If the retraction
+		// fails, the marks stay too, and no reader can fill.
 		if announced && !errors.Is(err, errOutcomeUnknown) {
 			_ = c.runWriterScript(retractScript, keys, token)
 		}
-		if !errors.Is(err, errRepeat) { // with it, the pool has dropped a connection, so this ends
+		if !errors.Is(err, errRepeat) { // each errRepeat has dropped a connection from the pool, so the loop ends
 			return err
 		}
 	}
 }
 
-// announceAndChange is the other half of rule 1: a writer announces itself, changes the rows, and retracts. From before
-// the commit until after it nothing can be filled, so that every read sees PostgreSQL itself. A writer that dies in
+// announceAndChange is the writer's side of rule 1. It announces the writer and changes the rows; Write then retracts.
+// From before the commit until after it no reader can fill, so every read comes from PostgreSQL. A writer that dies in
 // between leaves empty keys and marks that expire, but never an old body.
 func (c *cache) announceAndChange(ctx context.Context, keys []string, token string,
 	change func(context.Context, *sql.Conn) error) (announced bool, err error) {
-	// The connection comes first, for a mark must last for the statement and not for the wait before it. It is one
-	// connection and not the pool, which would send a statement again when a connection breaks. It goes back to the pool
-	// before the retraction, which does not need it.
+	// The connection comes first: a mark has to last for the statement, not also for the wait for a connection. The
+	// change gets one connection and not the pool, which would send the statement again if a connection breaks. The
+	// connection returns to the pool before the retraction, which does not need it.
 	waiting, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
 	conn, err := c.db.Conn(waiting)
@@ -360,15 +363,15 @@ func (c *cache) announceAndChange(ctx context.Context, keys []string, token stri
 	deadline := time.Now().Add(sendTimeout)
 	announced = c.runWriterScript(announceScript, keys, token) == nil
 	if !announced {
-		c.trust.distrust(errors.New("a writer could not announce itself")) // what is cached may be old in a moment
-		// The trigger of rule 2 speaks for every session that does not have the service's application_name.
+		c.trust.distrust(errors.New("a writer could not announce itself")) // cached bodies are about to become stale
+		// Under another application_name, the trigger of rule 2 reports this change like any other session's.
 		if _, err := conn.ExecContext(ctx, `SET application_name = 'desafio3 without redis'`); err != nil {
 			return false, err
 		}
-		// If this fails, the connection's next changes are notified although they need not be.
+		// If this fails, the trigger also reports later changes on this connection, which is harmless.
 		defer func() { _, _ = conn.ExecContext(ctx, `RESET application_name`) }()
 	}
-	// After a pause here, the mark might expire before the commit.
+	// If the process was paused here, the mark might expire before the commit.
 	if time.Now().After(deadline) {
 		return announced, errTooLate
 	}
@@ -391,29 +394,30 @@ func (c *cache) runWriterScript(script string, keys []string, token string) erro
 
 // ---------------------------------------------------------------- trust
 
-// A trust decides whether the cache may be used: only in an epoch in which PostgreSQL was found to be as rule 2 needs it,
-// and in which all keys were dropped. Every doubt begins a new epoch, so a doubt that comes up while trust is being won
-// back is never lost.
+// A trust decides whether the cache may be used. It may be used only in an epoch in which PostgreSQL was verified (rule
+// 2) and all keys were dropped (rule 3). Every doubt starts a new epoch. So a doubt that arises during restore is never
+// lost.
 type trust struct{ epoch, verifiedEpoch, trustedEpoch atomic.Uint64 }
 
 func (t *trust) trustedIn(epoch uint64) bool { return t.trustedEpoch.Load() == epoch }
 func (t *trust) trusted() bool               { return t.trustedIn(t.epoch.Load()) }
 
-// distrust ends trust. From now on reads go to PostgreSQL, without trying Redis and waiting for it again, until restore
-// has dropped every key. Writes do not depend on trust: they announce themselves wherever Redis answers.
+// distrust ends trust. Reads go straight to PostgreSQL, without waiting for Redis, until restore has dropped every key.
+// Writes do not depend on trust: they announce themselves whenever Redis answers.
 func (t *trust) distrust(reason error) {
-	// Rule 3: in doubt, drop everything. After an error of Redis, or when another Redis answers than before, or when
-	// notifications may have been lost, nobody knows which bodies are old:
+	// Rule 3: when in doubt, drop everything. Doubt follows a Redis error, a different Redis process that answers, or
+	// notifications that may be lost. Any body may then be stale:
 	//
-	//	Redis holds the price 1.00, and saves a snapshot to its disk
+	//	Redis holds the price 1.00 and saves a snapshot
 	//	a writer sets the price to 2.00 and deletes the key
-	//	Redis is killed, starts again, reads its snapshot, and holds 1.00
+	//	Redis is killed, restarts, loads its snapshot, and holds 1.00 again
 	if epoch := t.epoch.Add(1); t.trustedIn(epoch - 1) {
 		slog.Warn("cache not trusted", "reason", reason)
 	}
 }
 
-// Run keeps the cache's trust or wins it back, and handles what other sessions change, until the context ends.
+// Run keeps the cache trusted until the context ends: it checks both servers, restores trust after a doubt, and handles
+// the changes that other sessions make.
 func (c *cache) Run(ctx context.Context) {
 	v := &verifier{cache: c, heard: make(chan string, 10), ownChannel: "heartbeat_" + rand.Text()}
 	v.listener = c.newListener(func(event pq.ListenerEventType, err error) {
@@ -433,7 +437,8 @@ func (c *cache) Run(ctx context.Context) {
 	})
 }
 
-// repeat calls f at every heartbeat until the context ends, and logs an error that is not the one before it.
+// repeat calls f at every heartbeat until the context ends. It logs an error, but not if the previous call returned the
+// same one.
 func repeat(ctx context.Context, what string, f func() error) {
 	ticker := time.NewTicker(heartbeat)
 	defer ticker.Stop()
@@ -452,80 +457,83 @@ func repeat(ctx context.Context, what string, f func() error) {
 	}
 }
 
-// restore wins trust back, or says why it cannot yet: Redis must answer and must have settled, and PostgreSQL must have
-// been verified since the last doubt; then all keys are dropped. A doubt that comes up meanwhile makes it start over.
+// restore makes the cache trusted again, or returns the reason why it cannot yet. Redis must have settled, and
+// PostgreSQL must have been verified since the last doubt. Then restore drops all keys. If a new doubt arises
+// meanwhile, the cache stays untrusted, and the next heartbeat starts over.
 func (c *cache) restore() error {
 	epoch := c.trust.epoch.Load()
 	// Why a new Redis must settle:
 	//
-	//	writer:    announces itself, and its statement is on the way to PostgreSQL
-	//	Redis:     is killed and started again: the mark is gone
-	//	reader:    trusts the new Redis, takes a lease, reads the old row, and fills: no writer is at work
-	//	writer:    commits; until it retracts, some readers get the new row, and others hit the old one
+	//	writer:    announces itself; its statement is on the way to PostgreSQL
+	//	Redis:     is killed and restarted: the mark is gone
+	//	reader:    trusts the new Redis, takes a lease, reads the old row, and fills, because it finds no mark
+	//	writer:    commits; until it retracts, some readers get the new row while others hit the old one
 	//
-	// After settleTime no writer that announced itself to the Redis before can still commit.
+	// After settleTime, no writer that announced itself to the previous Redis can still commit.
 	if !c.redis.settled() {
-		return errors.New("redis has only just started: it has to settle")
+		return errors.New("redis has just started or come back: it has to settle")
 	}
 	if c.trust.verifiedEpoch.Load() != epoch {
 		return errors.New("PostgreSQL is not verified yet")
 	}
-	// A Redis that is full, or only a replica, refuses this already, and not only the first request.
+	// A Redis that is full, or is only a replica, refuses writes. This finds out now, before the first request does.
 	if _, err := c.redis.do("SET", keyPrefix+"probe", "", "EX", 1); err != nil {
 		return err
 	}
-	if _, err := c.redis.scan("UNLINK", time.Hour); err != nil { // Redis may hold very many keys of other programs
+	if _, err := c.redis.scan("UNLINK", time.Hour); err != nil { // Redis may hold millions of other programs' keys
 		return err
 	}
-	c.trust.trustedEpoch.Store(epoch) // not the current one if a doubt came up meanwhile
+	c.trust.trustedEpoch.Store(epoch) // no longer the current epoch if a doubt arose meanwhile
 	if c.trust.trusted() {
 		slog.Info("cache trusted")
 	}
 	return nil
 }
 
-// A verifier receives what PostgreSQL tells, and checks that it tells all. Whatever is not as rule 2 needs it ends trust:
-// a dump that was restored, a trigger that was off for a moment, a pooler that drops statement_timeout or keeps
-// notifications from the listener.
+// A verifier receives PostgreSQL's notifications and checks that none can be missing. Whatever breaks an assumption of
+// rule 2 ends trust: a restored dump, a trigger that was briefly off, a pooler that drops statement_timeout or
+// notifications.
 type verifier struct {
 	*cache
 	listener   *pq.Listener
-	heard      chan string // the service's own notifications
-	ownChannel string      // on which they are sent
+	heard      chan string // notifications that this process sent to itself
+	ownChannel string      // the channel that carries them
 
-	schemaIsThere bool      // the schema was applied, and the triggers were not missed since
-	appliedAt     time.Time // when that was last tried
-	applyError    error     // how it ended
+	schemaIsThere bool      // apply has finished, and the triggers have not gone missing since
+	appliedAt     time.Time // when apply last tried
+	applyError    error     // what that attempt returned
 	triggers      string    // their identity when they were last seen
-	missing       int       // heartbeats in a row without them
-	beats         int       // heartbeats
+	missing       int       // heartbeats in a row that found them missing or off
+	beats         int       // heartbeats so far
 }
 
-// handleNotifications deletes the keys of the rows that other sessions changed. This is rule 2: the database tells what
-// the API did not do. Somebody sets the price to 2.00 with psql, and the trigger in schema.sql notifies.
+// handleNotifications deletes the keys of rows that other sessions changed. This is rule 2: the database reports
+// changes made outside the API. For example, an administrator sets the price to 2.00 with psql, and the trigger in
+// schema.sql sends the id.
 func (v *verifier) handleNotifications() {
 	queue := v.listener.Notify
 	for n := range queue {
 		switch {
-		case n == nil: // the listener has reconnected: the loss of its connection has ended trust already
+		case n == nil: // the listener has reconnected; trust ended when it lost its connection
 		case n.Channel == v.ownChannel:
 			select {
 			case v.heard <- n.Extra:
-			default: // nobody waits for it any more
+			default: // the channel is full: inspect is not waiting for this one
 			}
 		case n.Extra == "" || len(queue) == cap(queue) || len(queue) > 0 && !v.trust.trusted():
-			// When ids come faster than their keys can be deleted, one by one is not worth it: all keys are dropped once
-			// it is calm again. Steady changes do not keep trust from being won.
-			v.trust.distrust(errors.New("other sessions changed everything, or more than can be deleted key by key"))
+			// If ids arrive faster than their keys can be deleted, restore drops all keys once the flood is over.
+			// Steady changes do not prevent that: their keys are deleted one by one, even while trust is lost.
+			v.trust.distrust(errors.New("other sessions changed everything, or too much to delete key by key"))
 		default:
-			_, _ = v.redis.do("UNLINK", keyAll, keyPrefix+n.Extra) // an error has ended trust
+			_, _ = v.redis.do("UNLINK", keyAll, keyPrefix+n.Extra) // an error ends trust
 		}
 	}
 }
 
-// selectGuards reads what rule 2 rests on: which triggers tell of changes and whether they speak in every session, in
-// the order of their names, and the time limit of statements. Neither a lock on the table nor its loss disturbs it.
-// oid and xmin identify a trigger and its function: they change when it is made again, or switched off and on.
+// selectGuards reads what rule 2 relies on: the identity of the triggers, whether they fire in every session, and the
+// effective statement_timeout. It also sends the service's own notification if $2 is not empty. It works even if the
+// table is locked or missing. oid and xmin identify a trigger and its function: they change if either is recreated, or
+// the trigger is switched off and on.
 const selectGuards = `
 SELECT coalesce(string_agg(concat_ws('.', t.oid, t.xmin, f.oid, f.xmin), ' ' ORDER BY t.tgname), ''),
        coalesce(string_agg(t.tgenabled::text, '' ORDER BY t.tgname), ''),
@@ -535,7 +543,7 @@ FROM pg_trigger AS t
 JOIN pg_proc AS f ON f.oid = t.tgfoid
 WHERE t.tgrelid = to_regclass('products') AND t.tgname IN ('products_changed', 'products_truncated')`
 
-// verify checks PostgreSQL at a heartbeat. An error has ended trust.
+// verify checks PostgreSQL once and records the result. If it returns an error, it has ended trust, unless ctx is done.
 func (v *verifier) verify(ctx context.Context) error {
 	epoch := v.trust.epoch.Load()
 	err := v.inspect(ctx, epoch)
@@ -549,9 +557,9 @@ func (v *verifier) verify(ctx context.Context) error {
 	return err
 }
 
-// inspect returns an error that says what is not as rule 2 needs it.
+// inspect returns an error if an assumption of rule 2 does not hold. It applies the schema if that is needed.
 func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
-	for _, channel := range []string{"products", v.ownChannel} { // waits for PostgreSQL; repeated after a reconnect
+	for _, channel := range []string{"products", v.ownChannel} { // Listen waits for PostgreSQL; a reconnect repeats it
 		if err := v.listener.Listen(channel); err != nil && !errors.Is(err, pq.ErrChannelAlreadyOpen) {
 			return err
 		}
@@ -561,8 +569,8 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 			return err
 		}
 	}
-	// While the cache is in use, a notification per second is enough: a listener does not turn deaf without losing its
-	// connection, which is noticed anyway.
+	// While the cache is in use, one notification per second is enough. A listener stops hearing only if it loses its
+	// connection, and the service notices that anyway.
 	v.beats++
 	own := ""
 	if v.beats%heartbeatsPerSecond == 0 || !v.trust.trustedIn(epoch) {
@@ -574,9 +582,9 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 	if err != nil {
 		return err
 	}
-	// A role that may not alter the table has to take triggers that are only on ("O"): they speak for all but replication.
+	// A role that may not alter the table must accept triggers that are merely on ("O"): they miss only replication.
 	if enabled != "AA" && (v.applyError == nil || len(enabled) != 2 || strings.ContainsAny(enabled, "DR")) {
-		// A dump that is being restored makes the triggers last. It needs a moment without interference.
+		// Restoring a dump creates the triggers last. Give it a moment before applying the schema.
 		v.missing++
 		v.schemaIsThere = v.missing < 3
 		return errors.New("the triggers are missing or off")
@@ -589,7 +597,7 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 		}
 	}
 	if timeout != statementTimeout.Milliseconds() {
-		return fmt.Errorf("statement_timeout is %d ms, not %s: a pooler in transaction mode does not keep it", timeout, statementTimeout)
+		return fmt.Errorf("statement_timeout is %d ms, not %s: a pooler in transaction mode may have lost it", timeout, statementTimeout)
 	}
 	for deaf := time.After(heartbeatTimeout); own != ""; {
 		select {
@@ -598,14 +606,15 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 				return nil
 			}
 		case <-deaf:
-			return errors.New("the listener does not hear its own notification: a pooler in transaction mode does not pass it on")
+			return errors.New("the listener does not hear its own notification: a pooler in transaction mode may drop it")
 		}
 	}
 	return nil
 }
 
-// apply applies the schema, every two seconds until that has succeeded: a table from before may lack some of it. A role
-// that may not alter the table uses it as it is.
+// apply applies the schema, because an existing table may lack part of it. It tries at most every applyInterval until
+// it succeeds, and meanwhile returns the last error. A role that may not alter the table uses it as it is: that is no
+// error.
 func (v *verifier) apply(ctx context.Context) error {
 	if time.Since(v.appliedAt) > applyInterval {
 		v.applyError = v.applySchema(ctx)
@@ -621,49 +630,49 @@ func (v *verifier) apply(ctx context.Context) error {
 // ---------------------------------------------------------------- commands to Redis
 
 // A redisClient sends commands to Redis on one connection. Commands that wait at the same moment travel together, one
-// batch at a time. An error, and another Redis than before, end trust.
+// batch at a time. An error ends trust, and so does a different Redis process.
 type redisClient struct {
 	address, password string
 	trust             *trust
 	pool              *redis.Pool
-	reachable         atomic.Bool // Redis answered when it was last asked
+	reachable         atomic.Bool // Redis answered the last batch
 
-	mu      sync.Mutex // guards what follows
-	waiting []*command // to be sent
+	mu      sync.Mutex // guards waiting and sending
+	waiting []*command // not sent yet
 	sending bool       // a caller sends a batch, or is about to
 
-	exchanging sync.Mutex // held for a batch; guards runID
+	exchanging sync.Mutex // held during a batch; guards runID
 	runID      string     // of the Redis process that answered last
 
-	created  time.Time    // time.Since does not mind when somebody sets the clock
-	settling atomic.Int64 // until when that process has to settle, in nanoseconds after created
+	created  time.Time    // times are measured from here, because time.Since ignores changes of the system clock
+	settling atomic.Int64 // when that process will have settled, in nanoseconds after created
 }
 
 func newRedisClient(address, password string, t *trust) *redisClient {
 	c := &redisClient{address: address, password: password, trust: t, created: time.Now()}
-	c.reachable.Store(true) // until it is found not to be: even the first writer must announce itself
-	// One connection, so that a new connection is the only way to a new Redis: connect then notices.
+	c.reachable.Store(true) // until proven otherwise: even the first writer must announce itself
+	// With one connection, a new Redis can answer only on a new connection, and connect notices it.
 	c.pool = &redis.Pool{DialContext: c.connect, MaxActive: 1, MaxIdle: 1, Wait: true}
 	return c
 }
 
-// errUnreachable is the error of a command that was not sent.
+// errUnreachable is the error of a command that was not sent because Redis did not answer the last batch.
 var errUnreachable = errors.New("redis did not answer a moment ago")
 
-// A command is on its way to Redis, or has been answered.
+// A command is one that waits, is on its way to Redis, or has been answered.
 type command struct {
 	name  string
 	args  []any
 	reply any
 	err   error
-	wake  chan bool // receives whether its caller must send the next batch; if not, it was answered
+	wake  chan bool // receives true if its caller must send the next batch, false if the command is done
 }
 
-// do sends a command to Redis and returns the reply. An error ends trust. Where Redis did not answer a moment ago,
-// do fails at once and does not wait for it again.
+// do sends a command to Redis and returns the reply. An error ends trust, unless Redis only lacks memory. If Redis did
+// not answer the last batch, do fails at once instead of waiting again.
 func (c *redisClient) do(name string, args ...any) (any, error) {
-	// One at a time, Redis and this process would spend most of their time in system calls. So commands that wait travel
-	// together, in one round trip (pipelining). No goroutine is needed for that: one of their callers sends them all.
+	// With one command per round trip, Redis and this process would spend most of their time in system calls. So
+	// waiting commands share a round trip (pipelining). This needs no extra goroutine: one of the callers sends them.
 	cmd := &command{name: name, args: args, err: errUnreachable, wake: make(chan bool, 1)}
 	c.mu.Lock()
 	c.waiting = append(c.waiting, cmd)
@@ -676,9 +685,10 @@ func (c *redisClient) do(name string, args ...any) (any, error) {
 	return cmd.reply, cmd.err
 }
 
-// sendWaiting sends the commands that wait, wakes their callers, and has one of those that came meanwhile go on.
+// sendWaiting sends the waiting commands and wakes their callers. If more commands arrived meanwhile, the caller of the
+// first one sends the next batch.
 func (c *redisClient) sendWaiting() {
-	runtime.Gosched() // those who have just been answered may come with more
+	runtime.Gosched() // callers that have just received a reply may add commands
 	c.mu.Lock()
 	batch := c.waiting
 	c.waiting = nil
@@ -697,24 +707,24 @@ func (c *redisClient) sendWaiting() {
 	}
 }
 
-// exchange sends a batch of commands to Redis and receives the replies, in redisTimeout at most. Each command has an
-// error of its own: when the connection breaks, those before it have been answered. That Redis refuses a command,
-// because it is only a replica for example, is an error, too, but Redis can still be reached.
+// exchange sends a batch of commands to Redis and receives the replies, within redisTimeout. Each command gets its own
+// error, because some may have succeeded before the connection broke. If Redis refuses a command, for example because
+// it is only a replica, trust ends too, but Redis stays reachable.
 func (c *redisClient) exchange(batch []*command) {
 	c.exchanging.Lock()
 	defer c.exchanging.Unlock()
 	deadline := time.Now().Add(redisTimeout)
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
-	// A connection that could not be made, or that breaks, returns the reason from every call, and from Err.
+	// A connection that could not be made, or that breaks, returns the reason from every method, including Err.
 	conn, err := c.pool.GetContext(ctx)
-	defer conn.Close() // returns it to the pool, which drops it if it is broken
+	defer conn.Close() // returns it to the pool, which drops a broken one
 	for _, cmd := range batch {
 		_ = conn.Send(cmd.name, cmd.args...)
 	}
 	_ = conn.Flush()
 	for _, cmd := range batch {
-		// A timeout of zero would be none at all.
+		// A timeout of zero would mean no timeout.
 		cmd.reply, cmd.err = redis.ReceiveWithTimeout(conn, max(time.Until(deadline), time.Millisecond))
 		if !isFull(cmd.err) {
 			err = cmp.Or(err, cmd.err)
@@ -726,32 +736,33 @@ func (c *redisClient) exchange(batch []*command) {
 	}
 }
 
-// ping asks Redis whether it answers, also where it did not a moment ago: nothing else asks then.
+// ping asks Redis whether it answers. It asks even if Redis did not answer the last batch: nothing else does then.
 func (c *redisClient) ping() error {
 	if c.reachable.Load() {
 		_, err := c.do("PING")
 		return err
 	}
-	c.exchange(nil) // to connect and to ask have their time each
+	c.exchange(nil) // only connects, so that the PING has a redisTimeout of its own
 	cmd := &command{name: "PING"}
 	c.exchange([]*command{cmd})
 	return cmd.err
 }
 
-// isFull reports whether Redis refused a command because it has no memory left. Nothing was done then.
+// isFull reports whether Redis refused a command for lack of memory. The command then had no effect.
 func isFull(err error) bool {
 	refusal, ok := errors.AsType[redis.Error](err)
 	return ok && strings.HasPrefix(string(refusal), "OOM ")
 }
 
-// connect dials Redis and asks who it is, in the time that the context leaves. A Redis older than 7.0 does not know SET
-// with NX and GET, and one that may evict any key could forget a writer: both are refused.
+// connect dials Redis and identifies the server before the context's deadline. It refuses a Redis older than 7.0, which
+// does not support SET with both NX and GET. It also refuses a Redis that may evict any key, because it could evict a
+// writer's mark.
 func (c *redisClient) connect(ctx context.Context) (redis.Conn, error) {
 	conn, err := redis.DialContext(ctx, "tcp", c.address, redis.DialWriteTimeout(redisTimeout))
 	if err != nil {
 		return nil, err
 	}
-	// Both at once: a Redis that takes long for an answer takes it once.
+	// AUTH and INFO share a round trip, so a slow Redis delays connecting only once.
 	if c.password != "" {
 		_ = conn.Send("AUTH", c.password)
 	}
@@ -781,21 +792,21 @@ func (c *redisClient) connect(ctx context.Context) (redis.Conn, error) {
 	return conn, nil
 }
 
-// identifyServer notes which Redis process answers, and when it has settled: counted from its start where it is the
-// first that this process knows, and else from now. Another process than before may hold anything, an old snapshot for
-// example, so it ends trust. One that was only unresponsive has lost no marks: it waits until every replica has noticed
-// its return and announces its writes to it again.
+// identifyServer notes which Redis process answers and when it will have settled. For the first process it sees, that
+// counts from the start of Redis; otherwise from now. A different process ends trust, because it may hold anything,
+// such as an old snapshot. A process that was only unresponsive has lost no marks. It settles for noticeTime, until
+// every replica has noticed its return and announces writes again.
 func (c *redisClient) identifyServer(runID, uptime string) {
 	wait := noticeTime
 	if c.runID != runID {
 		wait = settleTime
 		if seconds, err := strconv.Atoi(uptime); c.runID == "" && err == nil {
-			wait -= time.Duration(max(0, seconds-1)) * time.Second // it may be rounded up
+			wait -= time.Duration(max(0, seconds-1)) * time.Second // Redis may round its uptime up
 		}
 	} else if c.reachable.Load() {
 		return
 	}
-	// Before the doubt: in between, restore would find the new epoch, and a Redis that has settled.
+	// Before distrust: otherwise restore could find the new epoch while settling still has its old value, and trust it.
 	c.settling.Store(max(c.settling.Load(), int64(time.Since(c.created)+wait)))
 	if c.runID != runID {
 		c.runID = runID
@@ -803,20 +814,20 @@ func (c *redisClient) identifyServer(runID, uptime string) {
 	}
 }
 
-// settled reports whether the Redis that answered last has settled.
+// settled reports whether the Redis process that answered last has settled.
 func (c *redisClient) settled() bool {
 	return time.Since(c.created) >= time.Duration(c.settling.Load())
 }
 
-// infoField returns a field of a reply to INFO, or nothing.
+// infoField returns a field of a reply to INFO, or "" if it is missing.
 func infoField(info, name string) string {
 	_, after, _ := strings.Cut("\n"+info, "\n"+name+":")
 	value, _, _ := strings.Cut(after, "\r")
 	return value
 }
 
-// scan runs a command, UNLINK or EXISTS, with the cache's keys, a thousand at a time, and returns how many it counted.
-// SCAN does not hold up Redis as KEYS would, however many keys of other programs it holds. After the limit the error is
+// scan runs UNLINK or EXISTS on all of the cache's keys, about a thousand at a time, and returns how many it counted.
+// It uses SCAN because KEYS would block Redis, which may hold many keys of other programs. After the limit the error is
 // context.DeadlineExceeded.
 func (c *redisClient) scan(name string, limit time.Duration) (count int, err error) {
 	began := time.Now()
@@ -842,8 +853,8 @@ func (c *redisClient) scan(name string, limit time.Duration) (count int, err err
 
 // ---------------------------------------------------------------- for the endpoints
 
-// Clear deletes every key of the cache and returns how many there were. It takes lookupTimeout at most, and outlives
-// the request that started it.
+// Clear deletes the cache's keys and returns their number. It gives up soon after lookupTimeout, with
+// context.DeadlineExceeded. It outlives the request that started it.
 func (c *cache) Clear() (int, error) { return c.redis.scan("UNLINK", lookupTimeout) }
 
 // Version returns the version of the Redis that answers.
@@ -855,20 +866,20 @@ func (c *cache) Version() (string, error) {
 // Trusted reports whether the cache is in use.
 func (c *cache) Trusted() bool { return c.trust.trusted() }
 
-// cacheStats are the figures of the cache in GET /stats.
+// cacheStats holds the cache's figures in GET /stats.
 type cacheStats struct {
 	Status   string  `json:"status"`   // connected or disconnected
 	Trusted  bool    `json:"trusted"`  // the cache is in use
 	Hits     int64   `json:"hits"`     // answered from Redis
-	Misses   int64   `json:"misses"`   // answered from PostgreSQL, as Redis held no body
-	Bypasses int64   `json:"bypasses"` // answered from PostgreSQL, as the cache was not trusted
-	HitRate  float64 `json:"hit_rate"` // hits of all, from 0 to 1, with three decimals
-	Keys     *int    `json:"keys"`     // null when Redis holds too many keys of other programs to count ours in a second
+	Misses   int64   `json:"misses"`   // answered from PostgreSQL, because Redis held no body
+	Bypasses int64   `json:"bypasses"` // answered from PostgreSQL, because the cache was not trusted or Redis failed
+	HitRate  float64 `json:"hit_rate"` // the share of hits, from 0 to 1, with three decimals
+	Keys     *int    `json:"keys"`     // null if Redis holds too many other keys to count the cache's within a second
 	TTL      int     `json:"ttl_seconds"`
 	Memory   string  `json:"memory_used"`
 }
 
-// Stats returns what was counted since this process started, and what Redis holds now.
+// Stats returns the counts since this process started, what Redis holds now, and the figures of the connection pool.
 func (c *cache) Stats() (cacheStats, redis.PoolStats) {
 	st := cacheStats{
 		Status: "disconnected", Trusted: c.Trusted(), TTL: int(c.ttl.Seconds()),

@@ -20,12 +20,12 @@ import (
 
 const healthTimeout = 1500 * time.Millisecond
 
-// release is the version of an image, which the Dockerfile sets: there, the build sees no git.
+// release is the image's version. The Dockerfile sets it, because git is not available in the image's build.
 var release string
 
-// version returns the version of this program: of the image, or as Go's build has read it from git.
+// version returns the version of this program: release, or else the version that "go build" read from git.
 func version() string {
-	info, _ := debug.ReadBuildInfo() // in every binary that "go build" makes
+	info, _ := debug.ReadBuildInfo() // every binary from "go build" has it
 	return cmp.Or(release, info.Main.Version)
 }
 
@@ -42,8 +42,8 @@ func (s *server) index(w http.ResponseWriter, r *http.Request) error {
 	}{"desafio3", version(), list})
 }
 
-// A service is the state of one of the three in GET /services. The last fields are for this service alone. The hostname
-// tells replicas apart: in a container it is the container's id.
+// A service is the state of one of the three services in GET /services. Only web has the last three fields. The
+// hostname tells replicas apart: in a container, it is the container's id.
 type service struct {
 	Status   string  `json:"status"` // connected or disconnected; running for this service
 	Address  string  `json:"address"`
@@ -54,8 +54,8 @@ type service struct {
 	Go       string  `json:"go,omitempty"`
 }
 
-// probe asks a server for its version. It ends after healthTimeout even where ask does not, because a driver may be late
-// to notice that a server is unresponsive.
+// probe asks a server for its version. It returns after healthTimeout even if ask does not, because a driver may notice
+// late that a server is unresponsive.
 func probe(host, port string, ask func() (string, error)) service {
 	result := service{Status: "disconnected", Address: net.JoinHostPort(host, port)}
 	answered := make(chan string, 1)
@@ -79,8 +79,8 @@ func probe(host, port string, ask func() (string, error)) service {
 // milliseconds returns a duration in milliseconds, with three decimals.
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// selectVersion has a row only where the table is, so PostgreSQL counts as connected only when it has the schema. It asks
-// the catalogue: a table that somebody locks is no reason to replace a replica.
+// selectVersion returns a row only if the table exists: PostgreSQL is reported as connected only if it has the schema.
+// It queries the system catalogue, because a locked table is no reason to replace a replica.
 const selectVersion = `
 SELECT current_setting('server_version')
 WHERE to_regclass('products') IS NOT NULL`
@@ -99,9 +99,9 @@ func (s *server) probes() (postgres, redis service) {
 	return postgres, redis
 }
 
-// health answers GET /health. Without its cache the service is degraded, but well: it answers from PostgreSQL, only
-// slower. So the status is 200, and an orchestrator does not restart a service that a restart would not mend. Without
-// PostgreSQL it is 503, and so it is from SIGTERM on: a load balancer then sends requests elsewhere.
+// health answers GET /health. Without its cache the service is degraded but works: it answers from PostgreSQL, only
+// slower. So the status is 200, and an orchestrator does not restart a service that a restart would not fix. Without
+// PostgreSQL, and after SIGTERM, the status is 503, so that a load balancer sends requests elsewhere.
 func (s *server) health(w http.ResponseWriter, r *http.Request) error {
 	postgres, cache := s.probes()
 	status, code := "healthy", http.StatusOK
@@ -139,8 +139,8 @@ func (s *server) services(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// selectStats gives the figures of the catalogue as JSON. It adds up category by category first, so that the whole table is
-// read once. Of the categories it lists the 1,000 largest.
+// selectStats returns the catalogue's figures as JSON. It sums each category first, so that it reads the table only
+// once. It lists the 1,000 largest categories.
 const selectStats = `
 SELECT json_build_object(
     'products',              coalesce(sum(products), 0),
@@ -152,7 +152,7 @@ FROM (SELECT category, count(*) AS products, sum(stock) AS stock, sum(price * st
       FROM products
       GROUP BY category) AS categories`
 
-// A poolStats is a pool's connections, and how often and how long in all requests waited for one.
+// A poolStats holds the number of a pool's connections, and how often and how long in total requests waited for one.
 type poolStats struct {
 	Open   int     `json:"open"`
 	InUse  int     `json:"in_use"`
@@ -162,8 +162,8 @@ type poolStats struct {
 	Waited float64 `json:"waited_ms"`
 }
 
-// stats answers GET /stats. The figures of the cache and the pools are this replica's own, those of the catalogue are
-// the same at every replica.
+// stats answers GET /stats. The cache's and the pools' figures are this replica's own. The catalogue's are the same on
+// every replica.
 func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
 	defer cancel()
@@ -183,9 +183,9 @@ func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// healthCommand is `web health`: it asks the service on this machine, for a container's health check.
+// healthCommand is `web health`, a container's health check. It asks the service on this machine.
 func healthCommand(cfg config) error {
-	// A transport of its own: a proxy in the environment is not for this machine.
+	// The default transport would use a proxy from the environment. The service is on this machine.
 	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{}}
 	host := cfg.bindAddress
 	if address, err := netip.ParseAddr(host); host == "" || err == nil && address.IsUnspecified() {
@@ -199,14 +199,14 @@ func healthCommand(cfg config) error {
 	if response.StatusCode != http.StatusOK {
 		return errors.New(response.Status)
 	}
-	fmt.Println(response.Status) // "docker inspect" shows it
+	fmt.Println(response.Status) // for "docker inspect"
 	return nil
 }
 
-// pingCommand is `web ping [-c N] HOST[:PORT]`: it resolves a name, which inside a container is a question to Docker's own
-// DNS, and connects to the port that the service would use there. It does so N times, a second apart, with a line for
-// each, and its error says that none succeeded. The real ping sends ICMP packets, for which it needs a permission that this
-// container lacks; and a connection shows more, namely that a server listens.
+// pingCommand is `web ping [-c N] HOST[:PORT]`. It resolves a name, in a container with Docker's own DNS, and connects
+// to PORT, or else to the port that the service uses on that host. It tries N times, a second apart, and prints a line
+// for each. It returns an error if no attempt succeeds. The real ping sends ICMP packets, which needs a permission that
+// this container lacks. A connection also shows more: that a server listens.
 func pingCommand(ctx context.Context, cfg config, args []string) error {
 	flags := flag.NewFlagSet("ping", flag.ContinueOnError)
 	flags.Usage = func() {} // run prints errUsage
@@ -219,7 +219,7 @@ func pingCommand(ctx context.Context, cfg config, args []string) error {
 		ports := map[string]string{cfg.postgresHost: cfg.postgresPort, cfg.redisHost: cfg.redisPort, "postgres": cfg.postgresPort, "redis": cfg.redisPort}
 		port, ok := ports[address]
 		if !ok {
-			return fmt.Errorf("ping: which port of %s? Say HOST:PORT\n%w", address, errUsage)
+			return fmt.Errorf("ping: no port is known for %s: use HOST:PORT\n%w", address, errUsage)
 		}
 		address = net.JoinHostPort(address, port)
 	}

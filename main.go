@@ -2,10 +2,10 @@
 //
 // Start with endpoints, below: it lists every route of the API, and each handler is one jump from there.
 //
-//	main.go      settings, routes, server and shutdown, errors, JSON, and all that makes PostgreSQL behave
+//	main.go      settings, routes, server and shutdown, errors, JSON, and the connections to PostgreSQL
 //	products.go  the product: its rules, its SQL, its handlers
 //	cache.go     Redis: how response bodies are cached so that no read returns stale data
-//	health.go    what the service reports about itself and its servers, and the commands health and ping
+//	health.go    what the service reports about itself and both servers; the commands health and ping
 package main
 
 import (
@@ -40,17 +40,17 @@ import (
 	"github.com/lib/pq/pqerror"
 )
 
-// The binary carries the schema, so an empty database is all it needs.
+// The binary embeds the schema, so it needs only an empty database.
 //
 //go:embed schema.sql
 var schema string
 
 func main() { os.Exit(run(os.Args)) }
 
-// run serves, or runs one of the subcommands, and returns the exit status: 2 for usage errors, in the arguments or in
-// the environment, and 1 for everything else that failed.
+// run serves, or runs a subcommand, and returns the exit status: 2 for a usage error or a bad setting, and 1 for any
+// other failure.
 func run(args []string) int {
-	if filepath.Base(args[0]) == "ping" { // a link in the image
+	if filepath.Base(args[0]) == "ping" { // the image has a link with this name
 		args = append([]string{"web", "ping"}, args[1:]...)
 	}
 	cfg, err := configure(os.Getenv)
@@ -84,7 +84,7 @@ var errUsage = errors.New("usage: web [health | ping [-c N] HOST[:PORT]]")
 
 // ---------------------------------------------------------------- settings
 
-// A config holds the settings. All of them come from the environment.
+// A config holds the settings, all from the environment.
 type config struct {
 	bindAddress, port                       string
 	postgresHost, postgresPort, postgresDB  string
@@ -94,15 +94,15 @@ type config struct {
 	logLevel                                slog.Level
 }
 
-// settings reads variables of the environment and keeps the first fault: one line that names the variable and says
-// what it accepts. It never contains a password.
+// settings reads environment variables and keeps the first fault: one line that names the variable and what it accepts.
+// A fault never contains a password.
 type settings struct {
 	getenv func(string) string
 	fault  error
 }
 
-// check returns a variable, or the fallback where it is empty. A value that is not valid is a fault: it is better
-// to stop here, with a clear message, than to start and to fail at the first request.
+// check returns a variable, or the fallback if it is empty. An invalid value is a fault: it is better to stop here with
+// a clear message than to fail at the first request.
 func (s *settings) check(name, fallback, accepts string, valid func(string) bool) string {
 	value := cmp.Or(s.getenv(name), fallback)
 	if !valid(value) && s.fault == nil {
@@ -121,14 +121,14 @@ func (s *settings) number(name, fallback string, min, max int) (n int) {
 	return n
 }
 
-// port returns a port as Go's network functions want it, a text.
+// port returns a port as a string, which is what Go's network functions expect.
 func (s *settings) port(name, fallback string) string {
 	return strconv.Itoa(s.number(name, fallback, 1, 65535))
 }
 
 var hostName = regexp.MustCompile(`^[A-Za-z0-9_.-]*$`)
 
-// host returns a host's name or address. PostgreSQL's may also be the folder of its Unix socket.
+// host returns the name or address of a host. POSTGRES_HOST may also be the folder of a Unix socket.
 func (s *settings) host(name, fallback string) string {
 	return s.check(name, fallback, "the name or the IP address of a host", func(value string) bool {
 		_, err := netip.ParseAddr(value)
@@ -136,7 +136,7 @@ func (s *settings) host(name, fallback string) string {
 	})
 }
 
-// secret returns a password, or what is in the file that NAME_FILE names: this is how Swarm hands out its secrets.
+// secret returns a password from the variable, or from the file that NAME_FILE names. Swarm provides secrets as files.
 func (s *settings) secret(name string) string {
 	value, file := s.getenv(name), s.getenv(name+"_FILE")
 	if file == "" {
@@ -144,17 +144,17 @@ func (s *settings) secret(name string) string {
 	}
 	content, err := os.ReadFile(file)
 	s.check(name+"_FILE", "", "a file that can be read", func(string) bool { return err == nil })
-	s.check(name+"_FILE", "", "empty where "+name+" is set", func(string) bool { return value == "" })
+	s.check(name+"_FILE", "", "empty if "+name+" is set", func(string) bool { return value == "" })
 	return strings.TrimRight(string(content), "\r\n")
 }
 
 var sslModes = []string{"disable", "prefer", "require", "verify-ca", "verify-full"}
 
-// configure reads the environment. Its error is for the person who set it.
+// configure reads the settings. Its error is one line for the person who runs the program.
 func configure(getenv func(string) string) (config, error) {
 	s := &settings{getenv: getenv}
 	cfg := config{
-		bindAddress:      s.host("BIND_ADDRESS", ""), // empty: all addresses of the machine
+		bindAddress:      s.host("BIND_ADDRESS", ""), // empty: every address of the machine
 		port:             s.port("PORT", "8000"),
 		postgresHost:     s.host("POSTGRES_HOST", "localhost"),
 		postgresPort:     s.port("POSTGRES_PORT", "5432"),
@@ -179,24 +179,24 @@ func configure(getenv func(string) string) (config, error) {
 // ---------------------------------------------------------------- the server
 
 const (
-	drainLimit      = 5 * time.Second        // after drainTime, while new connections still arrive
-	quietTime       = 500 * time.Millisecond // without a new connection, after which no more are expected
-	shutdownTimeout = 10 * time.Second       // for the requests in flight after that
+	drainLimit      = 5 * time.Second        // after drainTime, to wait until no new connections arrive
+	quietTime       = 500 * time.Millisecond // without a new connection: no more are expected
+	shutdownTimeout = 10 * time.Second       // after that, for requests in flight
 )
 
-// A server answers the API's requests. It holds all that the handlers need: there are no global connections.
+// A server answers the API's requests. It holds everything that the handlers need: no connection is global.
 type server struct {
 	cfg            config
-	db             *sql.DB // a pool, which connects when a connection is needed
-	healthDB       *sql.DB // one connection: a pool that is exhausted is no reason to replace a replica
+	db             *sql.DB // a pool, which connects on demand
+	healthDB       *sql.DB // one connection: an exhausted pool is no reason to replace a replica
 	cache          *cache
 	largeAnswers   chan struct{} // a counting semaphore: see respondBody
 	started        time.Time
-	stopping       atomic.Bool  // every answer now asks the client to close its connection
+	stopping       atomic.Bool  // every response now closes its connection
 	lastConnection atomic.Int64 // when a client last connected, in nanoseconds after started
 }
 
-// newServer returns a server, which connects to PostgreSQL and Redis when it needs them. cache.Run must run.
+// newServer returns a server, which connects to PostgreSQL and Redis on demand. The caller must start cache.Run.
 func newServer(cfg config) *server {
 	sessions := new(atomic.Bool)
 	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize(), sessions, statements...)
@@ -219,14 +219,14 @@ func newServer(cfg config) *server {
 	}
 }
 
-// serve runs the service until the context ends, and then drains it. A load balancer learns only from /health that
-// this replica is stopping, and may send requests until then; so the service goes on answering for a while, and ends
-// when no more new connections arrive.
+// serve runs the service until the context ends, and then drains it. A load balancer learns only from /health that this
+// replica is stopping, and sends requests until then. So the service keeps answering for a while. It ends when no new
+// connections arrive.
 func serve(ctx context.Context, cfg config) error {
 	s := newServer(cfg)
 	defer s.db.Close()
 	defer s.healthDB.Close()
-	// Nearly all memory is the garbage of requests. Collecting it half as often as usual costs a few MiB.
+	// Nearly all garbage comes from requests. Collecting it half as often costs only a few MiB.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200)
 	}
@@ -234,14 +234,14 @@ func serve(ctx context.Context, cfg config) error {
 	if err != nil {
 		return err
 	}
-	// The requests in flight still need what runs in the background, so that stops after them.
+	// Requests in flight still need the cache's background work, so it stops after them.
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	go s.cache.Run(background)
 
-	// Without these limits one client could hold a connection, and the memory behind it, for ever. The header must have
-	// arrived within ReadHeaderTimeout and the whole request within ReadTimeout. An answer that its client does not read
-	// is given up after WriteTimeout. Between two requests a connection is kept open for IdleTimeout.
+	// Without these limits, one client could hold a connection and its memory forever. The header must arrive within
+	// ReadHeaderTimeout, and the whole request within ReadTimeout. If a client does not read its response, the server
+	// gives up after WriteTimeout. Between requests, the server keeps a connection open for IdleTimeout.
 	srv := &http.Server{
 		Handler:           s.handler(),
 		ReadHeaderTimeout: 5 * time.Second,
@@ -267,7 +267,7 @@ func serve(ctx context.Context, cfg config) error {
 	slog.Info("stopping")
 	s.stopping.Store(true)
 	time.Sleep(cfg.drainTime)
-	// A listener that closes resets the connections that still wait in its queue.
+	// Closing the listener resets the connections in its queue, so wait until no new ones arrive.
 	for limit := time.Now().Add(drainLimit); time.Now().Before(limit); {
 		quiet := time.Since(s.started) - time.Duration(s.lastConnection.Load())
 		if quiet >= quietTime {
@@ -278,13 +278,13 @@ func serve(ctx context.Context, cfg config) error {
 	last, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
 	if err := srv.Shutdown(last); err != nil {
-		slog.Warn("requests were cut off", "error", err)
+		slog.Warn("shutdown cut off requests", "error", err)
 	}
 	return nil
 }
 
-// An endpoint is a route. Its handler answers the request, or returns an error and has written nothing, so that one
-// place, respondError, turns errors into responses.
+// An endpoint is a route. Its handler either answers the request, or writes nothing and returns an error. So one
+// function, respondError, turns all errors into responses.
 type endpoint struct {
 	pattern, about string
 	handle         func(http.ResponseWriter, *http.Request) error
@@ -326,14 +326,14 @@ func (s *server) handler() http.Handler {
 		}
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// With net/http's own ResponseWriter, which closes the connection of a client that sends too much, and not with
-		// the recorder: to that client the answer would come when all has arrived.
+		// Pass net/http's own ResponseWriter, not the recorder: only the former closes the connection of a client that
+		// sends too much. With the recorder, that client would get its answer only after it had sent everything.
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		rec := &recorder{ResponseWriter: w, request: r}
-		defer log(rec, time.Now()) // also when a handler panics
+		defer log(rec, time.Now()) // deferred, so that it also logs a handler's panic
 		w.Header().Set("Cache-Control", "no-cache")
 		if s.stopping.Load() {
-			w.Header().Set("Connection", "close") // the client's next request goes to another replica
+			w.Header().Set("Connection", "close") // so that the client's next request can go to another replica
 		}
 		if err := browsers.Check(r); err != nil {
 			respondError(rec, r, &problem{Status: http.StatusForbidden, Detail: "a page of another site may not change anything here"})
@@ -344,9 +344,9 @@ func (s *server) handler() http.Handler {
 	})
 }
 
-// A recorder is a ResponseWriter that notes what is sent, for the access log. It also holds back what the router
-// answers when no pattern matches: that is plain text, and respondError says the same as a problem. The header Allow,
-// which the router sets with a 405, stays.
+// A recorder is a ResponseWriter that notes what is sent, for the access log. It also discards the router's plain-text
+// answer when no pattern matches, and respondError sends a problem instead. The header Allow, which the router sets
+// with a 405, stays.
 type recorder struct {
 	http.ResponseWriter
 	request                *http.Request
@@ -367,7 +367,7 @@ func (rec *recorder) Write(b []byte) (int, error) {
 	if rec.refused != 0 && rec.status == 0 {
 		return len(b), nil
 	}
-	rec.status = cmp.Or(rec.status, http.StatusOK) // net/http sends this where a handler names no status
+	rec.status = cmp.Or(rec.status, http.StatusOK) // net/http sends this if a handler sets no status
 	n, err := rec.ResponseWriter.Write(b)
 	rec.bytes += n
 	return n, err
@@ -375,8 +375,8 @@ func (rec *recorder) Write(b []byte) (int, error) {
 
 // ---------------------------------------------------------------- errors and JSON
 
-// A problem is an error for the client (RFC 9457). Clients never see anything of an error but what is in it. Errors is
-// for a body that breaks rules: what is wrong, by field.
+// A problem is an error for the client (RFC 9457). It is all that the client sees of an error. If a body breaks rules,
+// Errors says what is wrong with each field.
 type problem struct {
 	Title  string            `json:"title"`
 	Status int               `json:"status"`
@@ -391,21 +391,22 @@ func badRequest(format string, args ...any) error {
 	return &problem{Status: http.StatusBadRequest, Detail: fmt.Sprintf(format, args...)}
 }
 
-// respondError turns an error into a response. A problem is sent as it is. A server that is unavailable is a 503, which
-// says whether to come again. Anything else is a bug: it is logged, and the client learns nothing of it.
+// respondError turns an error into a response. It sends a problem as it is. If PostgreSQL is unavailable, it sends a
+// 503. Every 503 has Retry-After, unless the change may have been made. Any other error is a bug, which it logs and
+// hides from the client.
 func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	p, ok := errors.AsType[*problem](err)
 	switch {
 	case ok:
 	case errors.Is(err, errNotFound):
 		p = &problem{Status: http.StatusNotFound, Detail: fmt.Sprintf("product %s does not exist", r.PathValue("id"))}
-	case errors.Is(err, context.Canceled) && r.Context().Err() != nil: // the client has left: nobody reads this
+	case errors.Is(err, context.Canceled) && r.Context().Err() != nil: // the client has left; only the log sees this
 		p = &problem{Status: 499, Detail: "the client closed the connection"}
 	case errors.Is(err, errOutcomeUnknown):
 		// A client that repeats a creation now would make a second product, so there is no Retry-After.
 		slog.Warn("database unavailable, outcome unknown", "error", err)
 		p = &problem{Status: http.StatusServiceUnavailable,
-			Detail: "database unavailable: the change may have been made, look before you repeat it"}
+			Detail: "database unavailable: the change may have been made; check before you repeat it"}
 	case unavailable(err):
 		slog.Warn("database unavailable", "error", err)
 		p = &problem{Status: http.StatusServiceUnavailable, Detail: "database unavailable"}
@@ -416,13 +417,13 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	if p.Status == http.StatusServiceUnavailable && !errors.Is(err, errOutcomeUnknown) {
 		w.Header().Set("Retry-After", "1")
 	}
-	answer := *p // a copy, since several requests share the error of a lookup
+	answer := *p // a copy, because several requests share a lookup's error
 	answer.Title = http.StatusText(p.Status)
-	body, _ := encode(answer) // texts can always be encoded
+	body, _ := encode(answer) // strings always encode
 	respond(w, p.Status, "application/problem+json", body)
 }
 
-// respond sends a whole body, with its type and its length.
+// respond sends a whole body with its type and length.
 func respond(w http.ResponseWriter, status int, mediaType string, body []byte) {
 	w.Header().Set("Content-Type", mediaType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
@@ -430,7 +431,7 @@ func respond(w http.ResponseWriter, status int, mediaType string, body []byte) {
 	_, _ = w.Write(body) // an error means that the client has left
 }
 
-// respondJSON sends v as JSON. The error is encode's, and then nothing was sent.
+// respondJSON sends v as JSON. If encode fails, it sends nothing and returns the error.
 func respondJSON(w http.ResponseWriter, status int, v any) error {
 	body, err := encode(v)
 	if err == nil {
@@ -446,7 +447,7 @@ func encode(v any) ([]byte, error) {
 	return buf.Bytes(), err
 }
 
-// newEncoder returns an encoder that leaves <, > and & as they are: this is no JSON for the inside of HTML.
+// newEncoder returns an encoder that does not escape <, > and &, because this JSON is never embedded in HTML.
 func newEncoder(w io.Writer) *json.Encoder {
 	enc := json.NewEncoder(w)
 	enc.SetEscapeHTML(false)
@@ -455,12 +456,12 @@ func newEncoder(w io.Writer) *json.Encoder {
 
 // ---------------------------------------------------------------- PostgreSQL
 
-// poolSize is how many connections to PostgreSQL may be open: enough for what the processors can keep busy, and few
-// enough for several replicas at one PostgreSQL.
+// poolSize returns how many connections the pool may open: enough to keep the processors busy, and few enough for
+// several replicas to share one PostgreSQL.
 func poolSize() int { return 4 + 4*runtime.GOMAXPROCS(0) }
 
-// dataSource returns lib/pq's connection string. Nothing of libpq's own settings applies: neither its environment, PG…,
-// nor its file of passwords.
+// dataSource returns lib/pq's connection string. None of libpq's own settings apply: dataSource unsets the environment
+// variables PG… and SSLPG…, and disables the password file.
 func dataSource(cfg config) string {
 	for _, variable := range os.Environ() {
 		name, _, _ := strings.Cut(variable, "=")
@@ -469,31 +470,31 @@ func dataSource(cfg config) string {
 		}
 	}
 	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace
-	// The trigger in schema.sql knows the service's own writes by the application_name. With binary_parameters a query
-	// that is not prepared is one round trip.
+	// The trigger in schema.sql recognizes the service's own writes by their application_name. With binary_parameters,
+	// an unprepared query takes one round trip.
 	return fmt.Sprintf("application_name=desafio3 connect_timeout=2 timezone=UTC binary_parameters=yes passfile=/dev/null"+
 		" host='%s' port='%s' user='%s' password='%s' dbname='%s' sslmode='%s'",
 		quote(cfg.postgresHost), cfg.postgresPort, quote(cfg.postgresUser), quote(cfg.postgresPassword), quote(cfg.postgresDB), cfg.sslMode)
 }
 
-// openDatabase returns a pool of at most size connections, which connects when it is used. Every read from one of its
-// connections ends after readTimeout. The statements are prepared once on each connection, if sessions says so.
+// openDatabase returns a pool of at most size connections, which connects on demand. Every read from a connection ends
+// after readTimeout. While sessions is set, each connection prepares the statements once.
 func openDatabase(cfg config, readTimeout time.Duration, size int, sessions *atomic.Bool, statements ...string) *sql.DB {
 	db := sql.OpenDB(connector{dataSource(cfg), readTimeout, sessions, statements})
-	// As many connections may be idle as may be open: to make a new one costs more than a statement.
+	// All open connections may stay idle, because opening one costs more than a statement.
 	db.SetMaxOpenConns(size)
 	db.SetMaxIdleConns(size)
-	db.SetConnMaxIdleTime(time.Minute) // less than firewalls wait before they forget a connection
+	db.SetConnMaxIdleTime(time.Minute) // before a firewall drops the idle connection
 	return db
 }
 
-// openListener returns a listener, which connects at once and reconnects for as long as it lives. The service's own
-// notification arrives every second, so a connection on which nothing arrives for a while is lost.
+// openListener returns a listener, which connects at once and reconnects until it is closed. The service's own
+// notification arrives every second, so a connection that stays quiet for readTimeout is lost.
 func openListener(cfg config, onEvent pq.EventCallbackType) *pq.Listener {
 	return pq.NewDialListener(&dialer{readTimeout: 2500 * time.Millisecond}, dataSource(cfg), heartbeat, heartbeat, onEvent)
 }
 
-// applySchema applies schema.sql. An index on a large table may take minutes.
+// applySchema applies schema.sql. Its read timeout is long, because an index on a large table may take minutes.
 func applySchema(ctx context.Context, cfg config) error {
 	db := openDatabase(cfg, 10*time.Minute, 1, new(atomic.Bool))
 	defer db.Close()
@@ -501,8 +502,8 @@ func applySchema(ctx context.Context, cfg config) error {
 	return err
 }
 
-// A dialer makes connections to PostgreSQL on which an answer must arrive within readTimeout: the context of a query
-// cannot end a read from a server that is unresponsive. It remembers the last one.
+// A dialer opens connections to PostgreSQL on which every read ends after readTimeout: a query's context cannot end a
+// read from an unresponsive server. It remembers the last connection.
 type dialer struct {
 	readTimeout time.Duration
 	last        *timeoutConn
@@ -514,7 +515,7 @@ func (d *dialer) Dial(network, address string) (net.Conn, error) {
 
 func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
 	if d.last != nil {
-		// With sslmode=prefer lib/pq connects again where the server has no TLS, and leaves the first connection open.
+		// With sslmode=prefer, if the server has no TLS, lib/pq connects again and leaves the first connection open.
 		_ = d.last.Close()
 	}
 	conn, err := net.DialTimeout(network, address, timeout)
@@ -522,8 +523,8 @@ func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 		return nil, err
 	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
-		// To close it discards what was not delivered yet. Otherwise the kernel would go on trying, and a statement that
-		// was given up could reach PostgreSQL when its writer's mark has expired.
+		// This makes Close discard undelivered data. Otherwise the kernel would keep trying, and an abandoned statement
+		// could reach PostgreSQL after its writer's mark has expired.
 		_ = tcp.SetLinger(0)
 	}
 	raw, err := conn.(syscall.Conn).SyscallConn()
@@ -535,7 +536,7 @@ func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 type timeoutConn struct {
 	net.Conn
 	readTimeout time.Duration
-	limit       time.Time // set by lib/pq for the time in which it connects
+	limit       time.Time // lib/pq's deadline while it connects
 	raw         syscall.RawConn
 	peeked      [1]byte
 }
@@ -556,8 +557,8 @@ func (c *timeoutConn) Read(b []byte) (int, error) {
 	return c.Conn.Read(b)
 }
 
-// idle reports whether the connection is open and nothing has arrived on it. It looks without waiting and without a
-// round trip.
+// idle reports whether the connection is open and has no data to read. It peeks at the socket, without waiting and
+// without a round trip.
 func (c *timeoutConn) idle() bool {
 	var peek error
 	err := c.raw.Control(func(fd uintptr) {
@@ -566,15 +567,15 @@ func (c *timeoutConn) idle() bool {
 	return err == nil && peek == syscall.EAGAIN
 }
 
-// errNotConnected says that there is no connection to PostgreSQL. The reason is only text in it: lib/pq hides the kind
-// of some, and they all mean the same here.
+// errNotConnected says that connecting to PostgreSQL failed. Errors wrap it but include the reason only as text: lib/pq
+// hides the type of some reasons, and all of them mean the same here.
 var errNotConnected = errors.New("could not connect to PostgreSQL")
 
-// A connector makes the connections of a pool.
+// A connector opens the connections of a pool.
 type connector struct {
 	dsn         string
 	readTimeout time.Duration
-	sessions    *atomic.Bool // set while a connection is known to be one session of PostgreSQL's
+	sessions    *atomic.Bool // set while each connection is known to be one PostgreSQL session
 	statements  []string
 }
 
@@ -586,14 +587,14 @@ func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &dialer{readTimeout: c.readTimeout} // one for each connection, whose socket it then knows
+	d := &dialer{readTimeout: c.readTimeout} // one per connection, to learn its socket
 	pqConnector.Dialer(d)
 	conn, err := pqConnector.Connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %v", errNotConnected, err)
 	}
 	own := &preparedConn{pqConn: conn.(pqConn), connector: c, socket: d.last}
-	// Not a parameter of the connection: PgBouncer refuses those that it does not know.
+	// Not a connection parameter: PgBouncer refuses those that it does not know.
 	_, err = own.ExecContext(context.Background(), fmt.Sprintf("SET statement_timeout = %d", statementTimeout.Milliseconds()), nil)
 	if err != nil {
 		_ = conn.Close()
@@ -602,7 +603,7 @@ func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 	return own, nil
 }
 
-// A pqConn is what lib/pq's connections have for database/sql.
+// A pqConn has the methods of lib/pq's connections that database/sql uses.
 type pqConn interface {
 	driver.Conn
 	driver.ConnPrepareContext
@@ -613,8 +614,8 @@ type pqConn interface {
 }
 
 // A preparedConn is a connection that prepares its statements once, so that PostgreSQL does not parse and plan them for
-// every request. No context ends a statement that was sent. Only statement_timeout does: PostgreSQL then says that
-// nothing was changed, while lib/pq would break off the connection and leave the outcome unknown.
+// every request. Only statement_timeout ends a statement that was sent: PostgreSQL then reports that nothing was
+// changed. A context does not, because lib/pq would drop the connection and leave the outcome unknown.
 type preparedConn struct {
 	pqConn
 	connector
@@ -622,16 +623,16 @@ type preparedConn struct {
 	prepared map[string]driver.Stmt // by query
 }
 
-// ResetSession is called when a connection is taken from the pool. One that died while it was idle (idle_session_timeout,
-// a firewall, pg_terminate_backend) is dropped here, and database/sql takes another one. What PostgreSQL has sent
-// without being asked is its last message, as a rule.
+// ResetSession runs when database/sql takes a connection from the pool. It rejects a connection that died while idle
+// (idle_session_timeout, a firewall, pg_terminate_backend), and database/sql takes another one. Unread data means death
+// too: on an idle connection, it is usually PostgreSQL's last message.
 func (c *preparedConn) ResetSession(ctx context.Context) error {
 	if !c.socket.idle() {
 		return driver.ErrBadConn
 	}
-	// Here and not when a statement is sent, since a writer must lose no time after its announcement. Behind a pooler in
-	// transaction mode a statement may meet a session of PostgreSQL's that has another one under its name: lib/pq names
-	// them by number.
+	// Prepare here and not when a statement is sent, because a writer must lose no time after its announcement. But do
+	// not prepare behind a pooler in transaction mode. lib/pq names statements by number, so the pooler may switch to a
+	// session that has a different statement under the same name.
 	if c.prepared == nil && c.sessions.Load() {
 		c.prepared = map[string]driver.Stmt{}
 		for _, query := range c.statements {
@@ -645,8 +646,9 @@ func (c *preparedConn) ResetSession(ctx context.Context) error {
 	return c.pqConn.ResetSession(ctx)
 }
 
-// QueryContext runs a query. The error wraps errRepeat where PostgreSQL did not run it because it was prepared for a
-// table that was altered since (0A000), or is no longer prepared (26000): database/sql then drops the connection.
+// QueryContext runs a query, prepared if possible. The error wraps errRepeat if PostgreSQL did not run it, because the
+// table was altered after the query was prepared (0A000) or the query is no longer prepared (26000). database/sql then
+// drops the connection.
 func (c *preparedConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
 	ctx = context.WithoutCancel(ctx)
 	stmt := c.prepared[query]
@@ -660,8 +662,9 @@ func (c *preparedConn) QueryContext(ctx context.Context, query string, args []dr
 	return rows, err
 }
 
-// explain returns the error of a statement's row. It is errNotFound where there is none, and wraps errUnchanged where
-// PostgreSQL says ERROR: then it has rolled back. After FATAL, and where the connection is lost, nobody knows.
+// explain classifies the error from scanning a statement's row. It returns errNotFound if there is no row. It wraps
+// errUnchanged if PostgreSQL reports an ERROR, because it has rolled back. After FATAL, or if the connection is lost,
+// the outcome is unknown.
 func explain(err error) error {
 	if errors.Is(err, sql.ErrNoRows) {
 		return errNotFound
@@ -679,13 +682,13 @@ func unavailable(err error) bool {
 		case pqerror.ClassConnectionException,
 			pqerror.ClassTransactionRollback, // a deadlock, or a transaction that must be repeated
 			pqerror.ClassInsufficientResources,
-			pqerror.ClassObjectNotInPrerequisiteState, // a lock that is not to be had
+			pqerror.ClassObjectNotInPrerequisiteState, // a lock that cannot be acquired
 			pqerror.ClassOperatorIntervention,         // shutting down, starting up, a statement that took too long
 			pqerror.ClassSystemError:
 			return true
 		}
 		return errors.Is(err, errRepeat) || pq.As(err,
-			pqerror.UndefinedTable,                // the schema is not applied yet, or again
+			pqerror.UndefinedTable,                // the schema is not applied yet, or the table was dropped
 			pqerror.ReadOnlySQLTransaction) != nil // a standby, after a failover
 	}
 	_, network := errors.AsType[net.Error](err)

@@ -25,8 +25,8 @@ import (
 	"github.com/lib/pq/pqerror"
 )
 
-// A product is as the API shows it. Its price is a json.Number, the digits that PostgreSQL sends for a NUMERIC: a
-// float would turn 0.10 into 0.1000000000000000055.
+// A product is what the API shows. Its price is a json.Number, which keeps the digits that PostgreSQL sends for a
+// NUMERIC: a float would turn 0.10 into 0.1000000000000000055.
 type product struct {
 	ID          int64       `json:"id"`
 	Name        string      `json:"name"`
@@ -38,33 +38,33 @@ type product struct {
 	UpdatedAt   time.Time   `json:"updated_at"`
 }
 
-// columns are those of a product, in the order in which scan reads them.
+// columns lists a product's columns in the order in which scan reads them.
 const columns = `id, name, description, price, stock, category, created_at, updated_at`
 
-// scan fills p from a row of columns. The error is explain's: errNotFound where there is no row.
+// scan fills p from a row of columns. The error is explain's: errNotFound if there is no row.
 func (p *product) scan(row interface{ Scan(...any) error }) error {
 	return explain(row.Scan(&p.ID, &p.Name, &p.Description, &p.Price, &p.Stock, &p.Category, &p.CreatedAt, &p.UpdatedAt))
 }
 
-// errNotFound says that there is no product with an id.
+// errNotFound says that no product has the requested id.
 var errNotFound = fmt.Errorf("no such product: %w", errUnchanged)
 
-// statements are those that the connections of requests prepare.
+// statements are the ones that each connection of the request pool prepares.
 var statements = []string{
 	selectList, selectPage, selectCategoryPage, selectProduct, insertProduct, updateProduct, deleteProduct,
 }
 
 // ---------------------------------------------------------------- lists
 
-// An answer stops at about maxAnswer bytes, so that no catalogue costs more memory than the service has. minProduct is
-// less than a product without any text takes in it.
+// An answer stops at about maxAnswer bytes, so that no catalogue needs more memory than the service has. minProduct is
+// a lower bound for the bytes that a product takes besides its text.
 const (
 	maxAnswer  = 4 << 20
 	minProduct = "140"
 	maxRows    = maxAnswer / 140
 )
 
-// selectList leaves out the rows that begin after $3 bytes: PostgreSQL need not send them.
+// selectList leaves out the rows that would begin after $3 bytes, so that PostgreSQL does not send them in vain.
 const selectList = `
 SELECT ` + columns + `
 FROM (SELECT *, sum(` + minProduct + ` + octet_length(name) + octet_length(description) + octet_length(category))
@@ -83,8 +83,8 @@ WHERE id > $1
 ORDER BY id
 LIMIT $2`
 
-// selectCategoryPage is a statement of its own, because with "category = $3 OR $3 IS NULL" in the one above PostgreSQL
-// could not use the index of the categories.
+// selectCategoryPage is a separate statement. With "category = $3 OR $3 IS NULL" in selectPage, PostgreSQL could not
+// use the index on categories.
 const selectCategoryPage = `
 SELECT ` + columns + `
 FROM products
@@ -92,10 +92,10 @@ WHERE id > $1 AND category = $3
 ORDER BY id
 LIMIT $2`
 
-// encodePage reads a page from PostgreSQL and returns it as JSON: "count", "products" and, where there are more, "next".
-// It encodes row by row: a slice of products beside the body would take as much memory once more.
+// encodePage reads a page from PostgreSQL and returns it as JSON: "count", "products" and, if there are more, "next".
+// It encodes row by row, because collecting the products in a slice first would double the memory.
 func (s *server) encodePage(ctx context.Context, p page) ([]byte, error) {
-	// One row more than asked for tells whether there is a next page.
+	// One extra row shows whether there is a next page.
 	query, args := selectPage, []any{p.after, p.limit + 1}
 	switch {
 	case p.category != nil:
@@ -124,7 +124,7 @@ func (s *server) encodePage(ctx context.Context, p page) ([]byte, error) {
 			next = p.next(last)
 			break
 		}
-		products.Bytes()[products.Len()-1] = ',' // instead of the encoder's line end
+		products.Bytes()[products.Len()-1] = ',' // replaces the encoder's newline
 		count, last = count+1, one.ID
 	}
 	if err := rows.Err(); err != nil {
@@ -134,7 +134,7 @@ func (s *server) encodePage(ctx context.Context, p page) ([]byte, error) {
 	body = append(body, bytes.TrimSuffix(products.Bytes(), []byte(","))...)
 	body = append(body, ']')
 	if next != "" {
-		body = fmt.Appendf(body, `,"next":"%s"`, next) // an encoded query has nothing that JSON would escape
+		body = fmt.Appendf(body, `,"next":"%s"`, next) // an encoded query contains nothing that JSON must escape
 	}
 	return append(body, "}\n"...), nil
 }
@@ -158,22 +158,22 @@ func (s *server) listProducts(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// Of answers that are larger than largeAnswer, only maxLargeAnswers are on their way at a time, each for as long as its
-// client reads. A request waits for its turn for answerTimeout.
+// The service sends at most maxLargeAnswers answers over largeAnswer bytes at once. Each occupies its slot for as long
+// as its client reads. A request waits up to answerTimeout for a slot.
 const (
 	largeAnswer     = 256 << 10
 	maxLargeAnswers = 12
 	answerTimeout   = 12 * time.Second
 )
 
-// respondBody answers with the body that build returns. Where a large one has to wait for its turn, it is built again
-// then: a thousand clients that read slowly must not hold a thousand bodies.
+// respondBody answers with the body that build returns. If a large body has to wait for its turn, respondBody drops it
+// and builds it again afterwards: a thousand slow clients must not hold a thousand bodies.
 func (s *server) respondBody(w http.ResponseWriter, r *http.Request, build func() ([]byte, error)) error {
 	release := func() { <-s.largeAnswers }
 	for itsTurn := false; ; {
 		body, err := build()
 		if errors.Is(err, errRepeat) {
-			continue // each time the pool has dropped a connection, so this ends
+			continue // each errRepeat has dropped a connection from the pool, so the loop ends
 		}
 		if err != nil {
 			return err
@@ -201,8 +201,8 @@ func (s *server) respondBody(w http.ResponseWriter, r *http.Request, build func(
 	}
 }
 
-// respondCached answers with the body of key and says where it came from. The body is the same bytes, whether it was
-// cached or not.
+// respondCached answers with the body of key and sets Cache-Status to its source. The bytes are the same whether or not
+// they were cached.
 func (s *server) respondCached(w http.ResponseWriter, r *http.Request, key string,
 	fillFrom func(context.Context) ([]byte, error)) error {
 	return s.respondBody(w, r, func() ([]byte, error) {
@@ -212,12 +212,12 @@ func (s *server) respondCached(w http.ResponseWriter, r *http.Request, key strin
 	})
 }
 
-// maxPage is how many products a page may have, and has where limit is not given.
+// maxPage is the largest limit of a page, and the default.
 const maxPage = 1000
 
-// A page is what a query string asks for: products after an id, of all categories or of one. This is keyset pagination:
-// "after the last id that you have seen" finds its place by the index, however far it is, and is right while others
-// create and delete products. OFFSET is neither.
+// A page is what a query string asks for: products after an id, in one category or in all. This is keyset pagination.
+// "After the last id that you saw" is an index lookup, however deep the page is. It stays correct while other clients
+// create and delete products. OFFSET is neither fast on deep pages nor correct.
 type page struct {
 	after, limit int64
 	category     *string
@@ -246,10 +246,10 @@ func parsePage(rawQuery string) (page, error) {
 			accepts = "an id"
 			p.after, ok = parseID(value)
 		default:
-			return p, badRequest("%s is not a parameter: category, limit and after are", name)
+			return p, badRequest("%s is not a parameter: use category, limit or after", name)
 		}
 		if len(query[name]) > 1 {
-			return p, badRequest("%s is given more than once", name)
+			return p, badRequest("%s appears more than once", name)
 		}
 		if !ok {
 			return p, badRequest("%s must be %s", name, accepts)
@@ -289,15 +289,15 @@ func (s *server) getProduct(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// In this statement and the next, NULL stands for a field that was not sent. The casts are there because a number comes as
-// its digits: PostgreSQL turns them into a number, exactly.
+// In insertProduct and updateProduct, NULL stands for a field that was not sent. The casts turn a number's digits into
+// an exact number.
 const insertProduct = `
 INSERT INTO products (name, description, price, stock, category)
 VALUES ($1, coalesce($2, ''), $3::numeric, coalesce($4::integer, 0), coalesce($5, ''))
 RETURNING ` + columns
 
-// skipTakenIDs moves the sequence of the ids behind those that other sessions have inserted. An id so large that the
-// sequence would soon end is not worth that.
+// skipTakenIDs moves the id sequence past the ids that other sessions inserted. It ignores ids from 1 << 62 on: past
+// them, the sequence would soon be exhausted.
 const skipTakenIDs = `
 SELECT setval(sequence, taken)
 FROM (SELECT pg_get_serial_sequence('products', 'id')::regclass AS sequence) AS s,
@@ -305,7 +305,7 @@ FROM (SELECT pg_get_serial_sequence('products', 'id')::regclass AS sequence) AS 
                      (SELECT max(id) FROM products WHERE id < 1::bigint << 62) AS taken) AS ids
 WHERE taken >= next`
 
-// createProduct answers POST /products. The new product can be in no cache yet, but the list can.
+// createProduct answers POST /products. The new product cannot be cached yet, but the list can.
 func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	f, err := readFields(r, true)
 	if err != nil {
@@ -315,8 +315,8 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 	create := func(ctx context.Context, conn *sql.Conn) error {
 		return p.scan(conn.QueryRowContext(ctx, insertProduct, f.Name, f.Description, f.Price, f.Stock, f.Category))
 	}
-	// Rows that were imported with ids of their own may have the one that comes next. Nothing was created then. Others
-	// may move the sequence at the same time, so one more try need not be enough.
+	// An imported row may already have the next id of the sequence. Nothing was created then. Other sessions may move
+	// the sequence at the same time, so one retry may not be enough.
 	for range 20 {
 		err = s.cache.Write(r.Context(), []string{keyAll}, create)
 		if e := pq.As(err, pqerror.UniqueViolation); e == nil || e.Constraint != "products_pkey" {
@@ -343,12 +343,12 @@ SET name        = coalesce($2, name),
     price       = coalesce($4::numeric, price),
     stock       = coalesce($5::integer, stock),
     category    = coalesce($6, category),
-    updated_at  = clock_timestamp() -- now() is when the statement began, maybe long before it got the row's lock
+    updated_at  = clock_timestamp() -- now() is when the transaction began, maybe long before it got the row's lock
 WHERE id = $1
 RETURNING ` + columns
 
-// updateProduct answers PUT /products/{id}. It is one statement: to read the row first and to write it back would lose
-// what another client changed in between.
+// updateProduct answers PUT /products/{id}. It sends one statement: reading the row and writing it back would lose what
+// another client changed in between.
 func (s *server) updateProduct(w http.ResponseWriter, r *http.Request) error {
 	id, err := pathID(r)
 	if err != nil {
@@ -389,7 +389,7 @@ func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// clearCache answers DELETE /cache/clear. It deletes this service's keys only: other programs may use the same Redis.
+// clearCache answers DELETE /cache/clear. It deletes only this service's keys: other programs may use the same Redis.
 func (s *server) clearCache(w http.ResponseWriter, r *http.Request) error {
 	cleared, err := s.cache.Clear()
 	if err != nil {
@@ -398,16 +398,17 @@ func (s *server) clearCache(w http.ResponseWriter, r *http.Request) error {
 	return respondJSON(w, http.StatusOK, map[string]int{"cleared": cleared})
 }
 
-// productKey is the key under which a product is cached.
+// productKey returns the cache key of a product.
 func productKey(id int64) string { return keyPrefix + strconv.FormatInt(id, 10) }
 
-// parseID accepts a positive 64-bit integer, written in the one way in which the API writes it.
+// parseID parses a positive 64-bit integer. It accepts only the form in which the API writes it: no sign and no leading
+// zero.
 func parseID(text string) (int64, bool) {
 	id, err := strconv.ParseInt(text, 10, 64)
 	return id, err == nil && id > 0 && strconv.FormatInt(id, 10) == text
 }
 
-// pathID returns the id in a request's path. The error is errNotFound: no product has another kind of id.
+// pathID returns the id in a request's path. If it is not an id, the error is errNotFound: no product can have it.
 func pathID(r *http.Request) (int64, error) {
 	id, ok := parseID(r.PathValue("id"))
 	if !ok {
@@ -418,8 +419,8 @@ func pathID(r *http.Request) (int64, error) {
 
 // ---------------------------------------------------------------- bodies
 
-// fields are what a body sets. What the service sets itself is ignored, so that a client can change what it has read
-// and send it back.
+// fields holds what a body may contain. The service ignores the last three, so that a client can edit what it read and
+// send it back.
 type fields struct {
 	Name        text   `json:"name"`
 	Description text   `json:"description"`
@@ -432,10 +433,10 @@ type fields struct {
 	UpdatedAt json.RawMessage `json:"updated_at"`
 }
 
-// A text is a string that was sent, or not: then it is NULL in a statement.
+// A text is a string field of a body. If it was not sent, it is NULL in a statement.
 type text struct{ sql.NullString }
 
-// UnmarshalJSON refuses what is no string, and a NUL, which PostgreSQL cannot store. encoding/json adds the name of the
+// UnmarshalJSON accepts only a string without NUL, which PostgreSQL cannot store. encoding/json adds the name of the
 // field to an UnmarshalTypeError.
 func (t *text) UnmarshalJSON(value []byte) error {
 	if err := json.Unmarshal(value, &t.String); err != nil {
@@ -454,28 +455,29 @@ func (t *text) UnmarshalJSON(value []byte) error {
 	return &wrong
 }
 
-// A digits is a number that was sent, as it was written, or NULL. So a price is exact from the body to PostgreSQL.
+// A digits is a number field of a body, as its digits, so that a price stays exact from the body to PostgreSQL. If it
+// was not sent, it is NULL in a statement.
 type digits struct{ sql.NullString }
 
-// UnmarshalJSON refuses what is no number.
+// UnmarshalJSON accepts only a number.
 func (d *digits) UnmarshalJSON(value []byte) error {
 	if value[0] == 'n' {
 		return &json.UnmarshalTypeError{Value: "null", Type: reflect.TypeFor[float64]()}
 	}
 	if value[0] != '-' && (value[0] < '0' || value[0] > '9') {
-		return json.Unmarshal(value, new(float64)) // whose error says what it is
+		return json.Unmarshal(value, new(float64)) // fails, and its error names the wrong type
 	}
 	d.Valid, d.String = true, string(value)
 	return nil
 }
 
-// maxBody is how many bytes a request's body may have.
+// maxBody is the largest request body in bytes.
 const maxBody = 1 << 20
 
 // readFields reads, decodes and checks a request's body, which must be JSON. The error is a problem.
 func readFields(r *http.Request, creating bool) (fields, error) {
 	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
-		return fields{}, &problem{Status: http.StatusUnsupportedMediaType, Detail: "send the body without Content-Encoding: it may not be compressed"}
+		return fields{}, &problem{Status: http.StatusUnsupportedMediaType, Detail: "send the body uncompressed, without Content-Encoding"}
 	}
 	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 		return fields{}, &problem{Status: http.StatusUnsupportedMediaType, Detail: "send Content-Type: application/json"}
@@ -516,7 +518,7 @@ func decodeFields(body []byte) (f fields, err error) {
 		}
 		return f, badRequest("%s must be a %s, got %s", wrong.Field, wanted, wrong.Value)
 	}
-	if err != nil { // the only other one, which has no type of its own
+	if err != nil { // an unknown field: the only other error, for which encoding/json has no type
 		return f, badRequest("%s is not a field", strings.TrimPrefix(err.Error(), "json: unknown field "))
 	}
 	return f, nil
@@ -536,7 +538,7 @@ func hasLength(text string, min, max int) bool {
 	return n >= min && n <= max
 }
 
-// check trims the name and holds the fields against their rules. The error is a problem that names every field at fault.
+// check trims the name and checks every field. The error is a problem that names every field at fault.
 func (f *fields) check(creating bool) error {
 	f.Name.String = strings.TrimSpace(f.Name.String)
 	faults, sent := map[string]string{}, false
@@ -557,7 +559,7 @@ func (f *fields) check(creating bool) error {
 		return &problem{Status: http.StatusUnprocessableEntity, Detail: "some fields are not valid", Errors: faults}
 	}
 	if !sent {
-		return &problem{Status: http.StatusUnprocessableEntity, Detail: "no field to change was sent"}
+		return &problem{Status: http.StatusUnprocessableEntity, Detail: "no field was sent: nothing to change"}
 	}
 	return nil
 }
