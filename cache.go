@@ -114,7 +114,7 @@ func newCache(cfg cacheConfig) *cache {
 		cacheConfig: cfg,
 		trust:       t,
 		redis:       newRedisClient(cfg.redisAddress, cfg.redisPassword, t),
-		lookups:     lookups{last: map[string]*lookup{}},
+		lookups:     lookups{newest: map[string]*lookup{}},
 		requests:    map[source]*atomic.Int64{hit: {}, miss: {}, bypass: {}},
 	}
 }
@@ -146,30 +146,30 @@ func (l *lookup) finish(body []byte, from source, err error) {
 // lookups lets requests share lookups. For each key, at most one lookup runs and one waits. A request joins only a
 // lookup that starts after the request arrived.
 type lookups struct {
-	mu   sync.Mutex
-	last map[string]*lookup // by key: the waiting lookup or, if none waits, the running one
+	mu     sync.Mutex
+	newest map[string]*lookup // by key: the waiting lookup or, if none waits, the running one
 }
 
 // join returns the lookup to wait for, and whether the caller must start it.
 func (ls *lookups) join(key string, fillFrom func(context.Context) ([]byte, error)) (l *lookup, start bool) {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
-	l = ls.last[key]
+	l = ls.newest[key]
 	idle := l == nil
 	if idle || l.started {
 		l = &lookup{fillFrom: fillFrom, started: idle, done: make(chan struct{})}
-		ls.last[key] = l
+		ls.newest[key] = l
 	}
 	return l, idle
 }
 
-// next ends l's turn. It marks the lookup that waits behind l as started and returns it, or nil if none waits.
-func (ls *lookups) next(key string, l *lookup) *lookup {
+// endTurn ends l's turn. It marks the lookup that waits behind l as started and returns it, or nil if none waits.
+func (ls *lookups) endTurn(key string, l *lookup) *lookup {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
-	next := ls.last[key]
+	next := ls.newest[key]
 	if next == l {
-		delete(ls.last, key)
+		delete(ls.newest, key)
 		return nil
 	}
 	next.started, next.previous = true, l.body
@@ -263,7 +263,7 @@ func recovered(ctx context.Context, f func(context.Context) ([]byte, error)) (bo
 
 // startNext starts the lookup that waits behind l, if any.
 func (c *cache) startNext(key string, l *lookup) {
-	if next := c.lookups.next(key, l); next != nil {
+	if next := c.lookups.endTurn(key, l); next != nil {
 		go c.lookUp(key, next)
 	}
 }
@@ -499,12 +499,12 @@ type verifier struct {
 	heard      chan string // notifications that this process sent to itself
 	ownChannel string      // the channel that carries them
 
-	schemaIsThere bool      // apply has finished, and the triggers have not gone missing since
-	appliedAt     time.Time // when apply last tried
-	applyError    error     // what that attempt returned
-	triggers      string    // their identity when they were last seen
-	missing       int       // heartbeats in a row that found them missing or off
-	beats         int       // heartbeats so far
+	schemaIsThere   bool      // apply has finished, and the triggers have not gone missing since
+	appliedAt       time.Time // when apply last tried
+	applyError      error     // what that attempt returned
+	triggerIdentity string    // their identity when they were last seen
+	withoutTriggers int       // heartbeats in a row that found them missing or off
+	beats           int       // heartbeats so far
 }
 
 // handleNotifications deletes the keys of rows that other sessions changed. This is rule 2: the database reports
@@ -585,13 +585,13 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 	// A role that may not alter the table must accept triggers that are merely on ("O"): they miss only replication.
 	if enabled != "AA" && (v.applyError == nil || len(enabled) != 2 || strings.ContainsAny(enabled, "DR")) {
 		// Restoring a dump creates the triggers last. Give it a moment before applying the schema.
-		v.missing++
-		v.schemaIsThere = v.missing < 3
+		v.withoutTriggers++
+		v.schemaIsThere = v.withoutTriggers < 3
 		return errors.New("the triggers are missing or off")
 	}
-	v.missing = 0
-	if before := v.triggers; triggers != before {
-		v.triggers = triggers
+	v.withoutTriggers = 0
+	if before := v.triggerIdentity; triggers != before {
+		v.triggerIdentity = triggers
 		if before != "" {
 			return errors.New("the triggers were replaced or switched off")
 		}
@@ -599,17 +599,24 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 	if timeout != statementTimeout.Milliseconds() {
 		return fmt.Errorf("statement_timeout is %d ms, not %s: a pooler in transaction mode may have lost it", timeout, statementTimeout)
 	}
-	for deaf := time.After(heartbeatTimeout); own != ""; {
+	return v.hear(own)
+}
+
+// hear waits for a notification of the service's own. An empty one was not sent.
+func (v *verifier) hear(own string) error {
+	if own == "" {
+		return nil
+	}
+	for timeout := time.After(heartbeatTimeout); ; {
 		select {
 		case heard := <-v.heard:
 			if heard == own {
 				return nil
 			}
-		case <-deaf:
+		case <-timeout:
 			return errors.New("the listener does not hear its own notification: a pooler in transaction mode may drop it")
 		}
 	}
-	return nil
 }
 
 // apply applies the schema, because an existing table may lack part of it. It tries at most every applyInterval until
@@ -621,10 +628,10 @@ func (v *verifier) apply(ctx context.Context) error {
 		v.appliedAt = time.Now()
 	}
 	v.schemaIsThere = v.applyError == nil || pq.As(v.applyError, pqerror.InsufficientPrivilege) != nil
-	if v.schemaIsThere {
-		return nil
+	if !v.schemaIsThere {
+		return v.applyError
 	}
-	return v.applyError
+	return nil
 }
 
 // ---------------------------------------------------------------- commands to Redis
@@ -644,8 +651,8 @@ type redisClient struct {
 	exchanging sync.Mutex // held during a batch; guards runID
 	runID      string     // of the Redis process that answered last
 
-	created  time.Time    // times are measured from here, because time.Since ignores changes of the system clock
-	settling atomic.Int64 // when that process will have settled, in nanoseconds after created
+	created   time.Time    // times are measured from here, because time.Since ignores changes of the system clock
+	settledAt atomic.Int64 // when that process will have settled, in nanoseconds after created
 }
 
 func newRedisClient(address, password string, t *trust) *redisClient {
@@ -806,8 +813,8 @@ func (c *redisClient) identifyServer(runID, uptime string) {
 	} else if c.reachable.Load() {
 		return
 	}
-	// Before distrust: otherwise restore could find the new epoch while settling still has its old value, and trust it.
-	c.settling.Store(max(c.settling.Load(), int64(time.Since(c.created)+wait)))
+	// Before distrust: otherwise restore could find the new epoch while settledAt still has its old value, and trust it.
+	c.settledAt.Store(max(c.settledAt.Load(), int64(time.Since(c.created)+wait)))
 	if c.runID != runID {
 		c.runID = runID
 		c.trust.distrust(errors.New("another redis, or a restarted one, answers"))
@@ -816,7 +823,7 @@ func (c *redisClient) identifyServer(runID, uptime string) {
 
 // settled reports whether the Redis process that answered last has settled.
 func (c *redisClient) settled() bool {
-	return time.Since(c.created) >= time.Duration(c.settling.Load())
+	return time.Since(c.created) >= time.Duration(c.settledAt.Load())
 }
 
 // infoField returns a field of a reply to INFO, or "" if it is missing.

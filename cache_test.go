@@ -90,7 +90,7 @@ type change = func(context.Context, *sql.Conn) error
 // setStock returns a change that sets the stock.
 func setStock(stock int) change {
 	return func(ctx context.Context, conn *sql.Conn) error {
-		return explain(conn.QueryRowContext(ctx, stockSQL, stock).Scan(new(int64)))
+		return classify(conn.QueryRowContext(ctx, stockSQL, stock).Scan(new(int64)))
 	}
 }
 
@@ -322,7 +322,7 @@ func (be *bench) awaitWaiting() {
 		lookups := &be.a.cache.lookups
 		lookups.mu.Lock()
 		defer lookups.mu.Unlock()
-		last := lookups.last[stockKey]
+		last := lookups.newest[stockKey]
 		return last != nil && !last.started
 	})
 }

@@ -216,9 +216,13 @@ func pingCommand(ctx context.Context, cfg config, args []string) error {
 	}
 	address := flags.Arg(0)
 	if _, _, err := net.SplitHostPort(address); err != nil {
-		ports := map[string]string{cfg.postgresHost: cfg.postgresPort, cfg.redisHost: cfg.redisPort, "postgres": cfg.postgresPort, "redis": cfg.redisPort}
-		port, ok := ports[address]
-		if !ok {
+		port := ""
+		switch address {
+		case "postgres", cfg.postgresHost:
+			port = cfg.postgresPort
+		case "redis", cfg.redisHost:
+			port = cfg.redisPort
+		default:
 			return fmt.Errorf("ping: no port is known for %s: use HOST:PORT\n%w", address, errUsage)
 		}
 		address = net.JoinHostPort(address, port)

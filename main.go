@@ -662,10 +662,10 @@ func (c *preparedConn) QueryContext(ctx context.Context, query string, args []dr
 	return rows, err
 }
 
-// explain classifies the error from scanning a statement's row. It returns errNotFound if there is no row. It wraps
+// classify interprets the error from scanning a statement's row. It returns errNotFound if there is no row. It wraps
 // errUnchanged if PostgreSQL reports an ERROR, because it has rolled back. After FATAL, or if the connection is lost,
 // the outcome is unknown.
-func explain(err error) error {
+func classify(err error) error {
 	if errors.Is(err, sql.ErrNoRows) {
 		return errNotFound
 	}

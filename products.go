@@ -41,9 +41,9 @@ type product struct {
 // columns lists a product's columns in the order in which scan reads them.
 const columns = `id, name, description, price, stock, category, created_at, updated_at`
 
-// scan fills p from a row of columns. The error is explain's: errNotFound if there is no row.
+// scan fills p from a row of columns. The error is classify's: errNotFound if there is no row.
 func (p *product) scan(row interface{ Scan(...any) error }) error {
-	return explain(row.Scan(&p.ID, &p.Name, &p.Description, &p.Price, &p.Stock, &p.Category, &p.CreatedAt, &p.UpdatedAt))
+	return classify(row.Scan(&p.ID, &p.Name, &p.Description, &p.Price, &p.Stock, &p.Category, &p.CreatedAt, &p.UpdatedAt))
 }
 
 // errNotFound says that no product has the requested id.
