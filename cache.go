@@ -179,7 +179,8 @@ func (ls *lookups) endTurn(key string, l *lookup) *lookup {
 // Get returns the body for key and its source: Redis, or else fillFrom, which must query PostgreSQL. The body is never
 // older than this call, nor than any body returned before it. Callers share the body and must not change it. The error
 // is fillFrom's or the context's, or context.DeadlineExceeded after lookupTimeout.
-func (c *cache) Get(ctx context.Context, key string, fillFrom func(context.Context) ([]byte, error)) ([]byte, source, error) {
+func (c *cache) Get(ctx context.Context, key string,
+	fillFrom func(context.Context) ([]byte, error)) ([]byte, source, error) {
 	// Rule 4: join only a lookup that has not started. A thousand requests for one key must not cost a thousand
 	// queries. But joining a query that already runs, as the package singleflight does, would return stale data:
 	//
@@ -578,7 +579,8 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 	}
 	var triggers, enabled, void string
 	var timeout int64 // in milliseconds
-	err := v.heartbeatDB.QueryRowContext(ctx, selectGuards, v.ownChannel, own).Scan(&triggers, &enabled, &timeout, &void)
+	row := v.heartbeatDB.QueryRowContext(ctx, selectGuards, v.ownChannel, own)
+	err := row.Scan(&triggers, &enabled, &timeout, &void)
 	if err != nil {
 		return err
 	}
@@ -597,7 +599,8 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 		}
 	}
 	if timeout != statementTimeout.Milliseconds() {
-		return fmt.Errorf("statement_timeout is %d ms, not %s: a pooler in transaction mode may have lost it", timeout, statementTimeout)
+		return fmt.Errorf("statement_timeout is %d ms, not %s: a pooler in transaction mode may have lost it",
+			timeout, statementTimeout)
 	}
 	return v.hear(own)
 }

@@ -167,7 +167,8 @@ func configure(getenv func(string) string) (config, error) {
 		cacheTTL:         time.Duration(s.number("CACHE_TTL", "300", 1, 86400)) * time.Second,
 		drainTime:        time.Duration(s.number("DRAIN_SECONDS", "2", 0, 300)) * time.Second,
 	}
-	cfg.sslMode = s.check("POSTGRES_SSLMODE", "prefer", "one of "+strings.Join(sslModes, ", "), func(value string) bool {
+	accepts := "one of " + strings.Join(sslModes, ", ")
+	cfg.sslMode = s.check("POSTGRES_SSLMODE", "prefer", accepts, func(value string) bool {
 		return slices.Contains(sslModes, value)
 	})
 	s.check("LOG_LEVEL", "info", "one of debug, info, warn, error", func(value string) bool {
@@ -336,10 +337,10 @@ func (s *server) handler() http.Handler {
 			w.Header().Set("Connection", "close") // so that the client's next request can go to another replica
 		}
 		if err := browsers.Check(r); err != nil {
-			respondError(rec, r, &problem{Status: http.StatusForbidden, Detail: "a page of another site may not change anything here"})
+			respondError(rec, r, problemf(http.StatusForbidden, "a page of another site may not change anything here"))
 		} else if mux.ServeHTTP(rec, r); rec.refused != 0 {
-			detail := fmt.Sprintf("%s %s is not an endpoint: GET / lists them", r.Method, r.URL.Path)
-			respondError(rec, r, &problem{Status: rec.refused, Detail: detail})
+			detail := "%s %s is not an endpoint: GET / lists them"
+			respondError(rec, r, problemf(rec.refused, detail, r.Method, r.URL.Path))
 		}
 	})
 }
@@ -386,9 +387,9 @@ type problem struct {
 
 func (p *problem) Error() string { return p.Detail }
 
-// badRequest returns the problem of a request that cannot be understood.
-func badRequest(format string, args ...any) error {
-	return &problem{Status: http.StatusBadRequest, Detail: fmt.Sprintf(format, args...)}
+// problemf returns a problem with a detail that is formatted as by fmt.Sprintf.
+func problemf(status int, format string, args ...any) *problem {
+	return &problem{Status: status, Detail: fmt.Sprintf(format, args...)}
 }
 
 // respondError turns an error into a response. It sends a problem as it is. If PostgreSQL is unavailable, it sends a
@@ -399,20 +400,19 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	switch {
 	case ok:
 	case errors.Is(err, errNotFound):
-		p = &problem{Status: http.StatusNotFound, Detail: fmt.Sprintf("product %s does not exist", r.PathValue("id"))}
+		p = problemf(http.StatusNotFound, "product %s does not exist", r.PathValue("id"))
 	case errors.Is(err, context.Canceled) && r.Context().Err() != nil: // the client has left; only the log sees this
-		p = &problem{Status: 499, Detail: "the client closed the connection"}
+		p = problemf(499, "the client closed the connection")
 	case errors.Is(err, errOutcomeUnknown):
 		// A client that repeats a creation now would make a second product, so there is no Retry-After.
 		slog.Warn("database unavailable, outcome unknown", "error", err)
-		p = &problem{Status: http.StatusServiceUnavailable,
-			Detail: "database unavailable: the change may have been made; check before you repeat it"}
+		p = problemf(http.StatusServiceUnavailable, "database unavailable: the change may have been made; check before you repeat it")
 	case unavailable(err):
 		slog.Warn("database unavailable", "error", err)
-		p = &problem{Status: http.StatusServiceUnavailable, Detail: "database unavailable"}
+		p = problemf(http.StatusServiceUnavailable, "database unavailable")
 	default:
 		slog.Error("internal error", "method", r.Method, "path", r.URL.Path, "error", err)
-		p = &problem{Status: http.StatusInternalServerError, Detail: "internal error"}
+		p = problemf(http.StatusInternalServerError, "internal error")
 	}
 	if p.Status == http.StatusServiceUnavailable && !errors.Is(err, errOutcomeUnknown) {
 		w.Header().Set("Retry-After", "1")
@@ -474,12 +474,14 @@ func dataSource(cfg config) string {
 	// an unprepared query takes one round trip.
 	return fmt.Sprintf("application_name=desafio3 connect_timeout=2 timezone=UTC binary_parameters=yes passfile=/dev/null"+
 		" host='%s' port='%s' user='%s' password='%s' dbname='%s' sslmode='%s'",
-		quote(cfg.postgresHost), cfg.postgresPort, quote(cfg.postgresUser), quote(cfg.postgresPassword), quote(cfg.postgresDB), cfg.sslMode)
+		quote(cfg.postgresHost), cfg.postgresPort, quote(cfg.postgresUser), quote(cfg.postgresPassword),
+		quote(cfg.postgresDB), cfg.sslMode)
 }
 
 // openDatabase returns a pool of at most size connections, which connects on demand. Every read from a connection ends
 // after readTimeout. While sessions is set, each connection prepares the statements once.
-func openDatabase(cfg config, readTimeout time.Duration, size int, sessions *atomic.Bool, statements ...string) *sql.DB {
+func openDatabase(cfg config, readTimeout time.Duration, size int, sessions *atomic.Bool,
+	statements ...string) *sql.DB {
 	db := sql.OpenDB(connector{dataSource(cfg), readTimeout, sessions, statements})
 	// All open connections may stay idle, because opening one costs more than a statement.
 	db.SetMaxOpenConns(size)
@@ -491,7 +493,8 @@ func openDatabase(cfg config, readTimeout time.Duration, size int, sessions *ato
 // openListener returns a listener, which connects at once and reconnects until it is closed. The service's own
 // notification arrives every second, so a connection that stays quiet for readTimeout is lost.
 func openListener(cfg config, onEvent pq.EventCallbackType) *pq.Listener {
-	return pq.NewDialListener(&dialer{readTimeout: 2500 * time.Millisecond}, dataSource(cfg), heartbeat, heartbeat, onEvent)
+	d := &dialer{readTimeout: 2500 * time.Millisecond}
+	return pq.NewDialListener(d, dataSource(cfg), heartbeat, heartbeat, onEvent)
 }
 
 // applySchema applies schema.sql. Its read timeout is long, because an index on a large table may take minutes.
@@ -595,7 +598,8 @@ func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 	}
 	own := &preparedConn{pqConn: conn.(pqConn), connector: c, socket: d.last}
 	// Not a connection parameter: PgBouncer refuses those that it does not know.
-	_, err = own.ExecContext(context.Background(), fmt.Sprintf("SET statement_timeout = %d", statementTimeout.Milliseconds()), nil)
+	setTimeout := fmt.Sprintf("SET statement_timeout = %d", statementTimeout.Milliseconds())
+	_, err = own.ExecContext(context.Background(), setTimeout, nil)
 	if err != nil {
 		_ = conn.Close()
 		return nil, fmt.Errorf("%w: %v", errNotConnected, err)

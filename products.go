@@ -43,7 +43,8 @@ const columns = `id, name, description, price, stock, category, created_at, upda
 
 // scan fills p from a row of columns. The error is classify's: errNotFound if there is no row.
 func (p *product) scan(row interface{ Scan(...any) error }) error {
-	return classify(row.Scan(&p.ID, &p.Name, &p.Description, &p.Price, &p.Stock, &p.Category, &p.CreatedAt, &p.UpdatedAt))
+	return classify(row.Scan(&p.ID, &p.Name, &p.Description, &p.Price, &p.Stock, &p.Category,
+		&p.CreatedAt, &p.UpdatedAt))
 }
 
 // errNotFound says that no product has the requested id.
@@ -192,7 +193,7 @@ func (s *server) respondBody(w http.ResponseWriter, r *http.Request, build func(
 				case <-r.Context().Done():
 					return r.Context().Err()
 				case <-time.After(answerTimeout):
-					return &problem{Status: http.StatusServiceUnavailable, Detail: "too many large answers are on their way"}
+					return problemf(http.StatusServiceUnavailable, "too many large answers are on their way")
 				}
 			}
 		}
@@ -229,7 +230,7 @@ func parsePage(rawQuery string) (page, error) {
 	p := page{limit: maxPage}
 	query, err := url.ParseQuery(rawQuery)
 	if err != nil {
-		return p, badRequest("the query string is malformed")
+		return p, problemf(http.StatusBadRequest, "the query string is malformed")
 	}
 	for _, name := range slices.Sorted(maps.Keys(query)) {
 		value := query.Get(name)
@@ -246,13 +247,13 @@ func parsePage(rawQuery string) (page, error) {
 			accepts = "an id"
 			p.after, ok = parseID(value)
 		default:
-			return p, badRequest("%s is not a parameter: use category, limit or after", name)
+			return p, problemf(http.StatusBadRequest, "%s is not a parameter: use category, limit or after", name)
 		}
 		if len(query[name]) > 1 {
-			return p, badRequest("%s appears more than once", name)
+			return p, problemf(http.StatusBadRequest, "%s appears more than once", name)
 		}
 		if !ok {
-			return p, badRequest("%s must be %s", name, accepts)
+			return p, problemf(http.StatusBadRequest, "%s must be %s", name, accepts)
 		}
 	}
 	return p, nil
@@ -260,7 +261,9 @@ func parsePage(rawQuery string) (page, error) {
 
 // next returns the path of the page that begins after an id.
 func (p *page) next(after int64) string {
-	query := url.Values{"limit": {strconv.FormatInt(min(p.limit, maxPage), 10)}, "after": {strconv.FormatInt(after, 10)}}
+	query := url.Values{}
+	query.Set("limit", strconv.FormatInt(min(p.limit, maxPage), 10))
+	query.Set("after", strconv.FormatInt(after, 10))
 	if p.category != nil {
 		query.Set("category", *p.category)
 	}
@@ -393,7 +396,7 @@ func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
 func (s *server) clearCache(w http.ResponseWriter, r *http.Request) error {
 	cleared, err := s.cache.Clear()
 	if err != nil {
-		return &problem{Status: http.StatusServiceUnavailable, Detail: "cache unavailable"}
+		return problemf(http.StatusServiceUnavailable, "cache unavailable")
 	}
 	return respondJSON(w, http.StatusOK, map[string]int{"cleared": cleared})
 }
@@ -477,20 +480,21 @@ const maxBody = 1 << 20
 // readFields reads, decodes and checks a request's body, which must be JSON. The error is a problem.
 func readFields(r *http.Request, creating bool) (fields, error) {
 	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
-		return fields{}, &problem{Status: http.StatusUnsupportedMediaType, Detail: "send the body uncompressed, without Content-Encoding"}
+		return fields{}, problemf(http.StatusUnsupportedMediaType, "send the body uncompressed, without Content-Encoding")
 	}
-	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
-		return fields{}, &problem{Status: http.StatusUnsupportedMediaType, Detail: "send Content-Type: application/json"}
+	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || mediaType != "application/json" {
+		return fields{}, problemf(http.StatusUnsupportedMediaType, "send Content-Type: application/json")
 	}
 	body, err := io.ReadAll(r.Body)
 	if _, large := errors.AsType[*http.MaxBytesError](err); large {
-		return fields{}, &problem{Status: http.StatusRequestEntityTooLarge, Detail: "the body is larger than 1 MiB"}
+		return fields{}, problemf(http.StatusRequestEntityTooLarge, "the body is larger than 1 MiB")
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return fields{}, &problem{Status: http.StatusRequestTimeout, Detail: "the body took too long to arrive"}
+		return fields{}, problemf(http.StatusRequestTimeout, "the body took too long to arrive")
 	}
 	if err != nil {
-		return fields{}, badRequest("the body could not be read")
+		return fields{}, problemf(http.StatusBadRequest, "the body could not be read")
 	}
 	f, err := decodeFields(body)
 	if err == nil {
@@ -503,10 +507,10 @@ func readFields(r *http.Request, creating bool) (fields, error) {
 // problem.
 func decodeFields(body []byte) (f fields, err error) {
 	if !utf8.Valid(body) {
-		return f, badRequest("the body is not valid UTF-8")
+		return f, problemf(http.StatusBadRequest, "the body is not valid UTF-8")
 	}
 	if !bytes.HasPrefix(bytes.TrimLeft(body, " \t\r\n"), []byte("{")) || !json.Valid(body) {
-		return f, badRequest("the body must be one JSON object")
+		return f, problemf(http.StatusBadRequest, "the body must be one JSON object")
 	}
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.DisallowUnknownFields()
@@ -516,10 +520,10 @@ func decodeFields(body []byte) (f fields, err error) {
 		if wrong.Type.Kind() == reflect.Float64 {
 			wanted = "number"
 		}
-		return f, badRequest("%s must be a %s, got %s", wrong.Field, wanted, wrong.Value)
+		return f, problemf(http.StatusBadRequest, "%s must be a %s, got %s", wrong.Field, wanted, wrong.Value)
 	}
 	if err != nil { // an unknown field: the only other error, for which encoding/json has no type
-		return f, badRequest("%s is not a field", strings.TrimPrefix(err.Error(), "json: unknown field "))
+		return f, problemf(http.StatusBadRequest, "%s is not a field", strings.TrimPrefix(err.Error(), "json: unknown field "))
 	}
 	return f, nil
 }
@@ -551,15 +555,18 @@ func (f *fields) check(creating bool) error {
 		}
 	}
 	rule("name", f.Name.NullString, true, hasLength(f.Name.String, 1, 200), "must have from 1 to 200 characters")
-	rule("description", f.Description.NullString, false, hasLength(f.Description.String, 0, 2000), "must have at most 2000 characters")
-	rule("category", f.Category.NullString, false, hasLength(f.Category.String, 0, 100), "must have at most 100 characters")
-	rule("price", f.Price.NullString, true, isPrice(f.Price.String), "must be a number from 0 to 99999999.99 with at most 2 decimals")
+	rule("description", f.Description.NullString, false, hasLength(f.Description.String, 0, 2000),
+		"must have at most 2000 characters")
+	rule("category", f.Category.NullString, false, hasLength(f.Category.String, 0, 100),
+		"must have at most 100 characters")
+	rule("price", f.Price.NullString, true, isPrice(f.Price.String),
+		"must be a number from 0 to 99999999.99 with at most 2 decimals")
 	rule("stock", f.Stock.NullString, false, isStock(f.Stock.String), "must be a whole number from 0 to 2147483647")
 	if len(faults) > 0 {
 		return &problem{Status: http.StatusUnprocessableEntity, Detail: "some fields are not valid", Errors: faults}
 	}
 	if !sent {
-		return &problem{Status: http.StatusUnprocessableEntity, Detail: "no field was sent: nothing to change"}
+		return problemf(http.StatusUnprocessableEntity, "no field was sent: nothing to change")
 	}
 	return nil
 }
