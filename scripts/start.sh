@@ -115,4 +115,4 @@ need_cache
 title "Ready: ${url/127.0.0.1/localhost}"
 say './scripts/populate.sh      # 8 products'
 say './scripts/demo_stale.sh    # how a cache comes to serve a stale price, and why this one does not'
-say 'README.md                  # what to try next'
+say 'README.md, LEIAME.md       # what to try next, in English and in Portuguese'
