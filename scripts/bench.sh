@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures how fast the service is, beside a bare handler and beside textbook cache-aside. bench_test.go does the work
-# and explains it. It touches no running stack, and leaves nothing behind. It takes 6 to 15 minutes.
+# and explains it. It touches no running stack, and leaves nothing behind. It takes about 8 minutes.
 #
 #   ./scripts/bench.sh                              everything
 #   ROUNDS=1 ./scripts/bench.sh                     one round instead of three
