@@ -531,8 +531,11 @@ func (d *dialer) DialTimeout(network, address string, timeout time.Duration) (ne
 		_ = tcp.SetLinger(0)
 	}
 	raw, err := conn.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
 	d.last = &timeoutConn{Conn: conn, readTimeout: d.readTimeout, raw: raw}
-	return d.last, err
+	return d.last, nil
 }
 
 // A timeoutConn is a connection on which every read ends after readTimeout.
