@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -294,6 +296,9 @@ func TestPausedWriter(t *testing.T) {
 	startProxy(t, &cfg.redisPort, func(chunk []byte) {
 		if bytes.Contains(chunk, []byte("ZADD")) && armed.CompareAndSwap(true, false) {
 			p.signal(syscall.SIGSTOP)
+			for state := ""; !strings.Contains(state, "T"); { // its threads do not all stop at once
+				state = string(must(exec.Command("ps", "-o", "stat=", "-p", strconv.Itoa(p.Process.Pid)).Output()))
+			}
 			time.AfterFunc(sendTimeout+100*time.Millisecond, func() { p.signal(syscall.SIGCONT) })
 		}
 	})

@@ -375,6 +375,7 @@ func TestSlowClients(t *testing.T) {
 	for range 5000 {
 		p.dial("")
 	}
+	p.want(200, "GET", "/products", "") // until here the server has accepted them all
 	within(t, p.want(200, "GET", "/products", "").took, time.Second, "a request with 5,000 idle connections")
 	large := p.dial("")
 	go fmt.Fprintf(large, "GET / HTTP/1.1\r\nHost: x\r\nX-Large: %s\r\n\r\n", strings.Repeat("a", 64<<10))
