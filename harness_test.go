@@ -198,10 +198,15 @@ func startServer(t testing.TB, cfg config) *testServer {
 func startReplica(t testing.TB, cfg config) *testServer {
 	s := newServer(cfg)
 	ctx, cancel := context.WithCancel(context.Background())
-	go s.cache.Run(ctx)
+	var running sync.WaitGroup
+	running.Go(func() { s.cache.Run(ctx) })
+	stop := func() {
+		cancel()
+		running.Wait() // a heartbeat that has begun may still use Redis
+	}
 	web := httptest.NewServer(s.handler())
-	t.Cleanup(func() { web.Close(); cancel(); s.db.Close() })
-	return &testServer{server: s, t: t, url: web.URL, stopCache: cancel}
+	t.Cleanup(func() { web.Close(); stop(); s.db.Close() })
+	return &testServer{server: s, t: t, url: web.URL, stopCache: stop}
 }
 
 // eventually waits until a condition holds, and returns how long that took, which is at most a twentieth too much. It
