@@ -459,8 +459,8 @@ func TestUnreachableRedisUnderWriter(t *testing.T) {
 	be.awaitHit(be.b, 1)
 }
 
-// Redis is unresponsive under a writer and later does what it was told meanwhile: the mark that nobody takes away keeps
-// the writer's keys empty until it expires, and no others.
+// Redis stops answering under a writer, and later executes the commands that it received meanwhile. The mark that was
+// never removed keeps the writer's keys empty until it expires. Other keys are filled.
 func TestSilentRedisUnderWriter(t *testing.T) {
 	be := newBench(t)
 	other := be.a.create(`{"name":"other","price":1}`)

@@ -221,10 +221,7 @@ func wantAllUnavailable(t *testing.T, s *testServer, limit time.Duration) {
 // TestPoolExhausted holds every connection: requests end in bounded time with a clear status.
 func TestPoolExhausted(t *testing.T) {
 	s := startAlone(t)
-	for range poolSize() {
-		conn := must(s.db.Conn(t.Context()))
-		defer conn.Close()
-	}
+	defer s.takePool()()
 	s.wantHealth(200, "healthy", "connected", "connected")
 	wantAllUnavailable(t, s, 6*time.Second)
 }
@@ -272,7 +269,7 @@ func TestLockedRow(t *testing.T) {
 	wait := concurrently(1, func(int) {
 		check(json.Unmarshal([]byte(s.want(200, "PUT", path, `{"stock":6}`).body), &changed))
 	})
-	awaitLock(t, s.psql)
+	awaitLocks(t, s.psql, 1)
 	first := ask[time.Time](tx, `UPDATE products SET updated_at = clock_timestamp() RETURNING updated_at`)
 	check(tx.Commit())
 	wait()
@@ -280,10 +277,11 @@ func TestLockedRow(t *testing.T) {
 	s.want(200, "GET", path, "").contains(`"stock":6`)
 }
 
-// awaitLock waits until a statement waits for a lock.
-func awaitLock(t *testing.T, db *sql.DB) {
-	eventually(t, "a statement waits", func() bool {
-		return ask[bool](db, `SELECT count(*) = 1 FROM pg_stat_activity
+// awaitLocks waits until so many statements wait for a lock.
+func awaitLocks(t *testing.T, db *sql.DB, statements int) {
+	t.Helper()
+	eventually(t, fmt.Sprint("statements that wait for a lock: ", statements), func() bool {
+		return statements == ask[int](db, `SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND wait_event_type = 'Lock'`)
 	})
 }

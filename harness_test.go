@@ -205,8 +205,21 @@ func startReplica(t testing.TB, cfg config) *testServer {
 		running.Wait() // a heartbeat that has begun may still use Redis
 	}
 	web := httptest.NewServer(s.handler())
-	t.Cleanup(func() { web.Close(); stop(); s.db.Close() })
+	t.Cleanup(func() { web.Close(); stop(); s.close() })
 	return &testServer{server: s, t: t, url: web.URL, stopCache: stop}
+}
+
+// takePool takes every connection of the pool. What it returns gives them back.
+func (s *testServer) takePool() (giveBack func()) {
+	var conns []*sql.Conn
+	for range poolSize() {
+		conns = append(conns, must(s.db.Conn(s.t.Context())))
+	}
+	return func() {
+		for _, conn := range conns {
+			check(conn.Close())
+		}
+	}
 }
 
 // eventually waits until a condition holds, and returns how long that took, which is at most a twentieth too much. It
@@ -296,8 +309,8 @@ func (s *testServer) send(method, path, text string, headers ...string) (answer,
 	return answer{s.t, response.StatusCode, response.Header, string(body), response.Close, time.Since(began)}, err
 }
 
-// want makes a request and fails the test unless the status is as given. An error must be as RFC 9457 has it, and give
-// away nothing of the inside.
+// want makes a request and fails the test unless the status is as given. An error must be a problem of RFC 9457, and
+// must not reveal internals.
 func (s *testServer) want(status int, method, path, body string, headers ...string) answer {
 	s.t.Helper()
 	a := must(s.send(method, path, body, headers...))
@@ -310,8 +323,8 @@ func (s *testServer) want(status int, method, path, body string, headers ...stri
 		err := json.Unmarshal([]byte(a.body), &p)
 		ok := err == nil && p.Status == status && p.Title == http.StatusText(status) && p.Detail != ""
 		expect(s.t, ok && a.header.Get("Content-Type") == "application/problem+json", "%v %s", a.header, a.body)
-		inside := regexp.MustCompile(`pq:|SELECT|127\.0\.0\.1|goroutine|dial tcp`).FindString(a.body)
-		equal(s.t, "what the error gives away", inside, "")
+		revealed := regexp.MustCompile(`pq:|SELECT|127\.0\.0\.1|goroutine|dial tcp`).FindString(a.body)
+		equal(s.t, "what the error reveals", revealed, "")
 	}
 	return a
 }

@@ -220,13 +220,18 @@ func newServer(cfg config) *server {
 	}
 }
 
+// close closes the connections to PostgreSQL, but for those of the cache, which Run closes.
+func (s *server) close() {
+	_ = s.db.Close()
+	_ = s.healthDB.Close()
+}
+
 // serve runs the service until the context ends, and then drains it. A load balancer learns only from /health that this
 // replica is stopping, and sends requests until then. So the service keeps answering for a while. It ends when no new
 // connections arrive.
 func serve(ctx context.Context, cfg config) error {
 	s := newServer(cfg)
-	defer s.db.Close()
-	defer s.healthDB.Close()
+	defer s.close()
 	// Nearly all garbage comes from requests. Collecting it half as often costs only a few MiB.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200)
@@ -406,7 +411,8 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.Is(err, errOutcomeUnknown):
 		// A client that repeats a creation now would make a second product, so there is no Retry-After.
 		slog.Warn("database unavailable, outcome unknown", "error", err)
-		p = problemf(http.StatusServiceUnavailable, "database unavailable: the change may have been made; check before you repeat it")
+		p = problemf(http.StatusServiceUnavailable,
+			"database unavailable: the change may have been made; check before you repeat it")
 	case unavailable(err):
 		slog.Warn("database unavailable", "error", err)
 		p = problemf(http.StatusServiceUnavailable, "database unavailable")

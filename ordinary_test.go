@@ -1,7 +1,6 @@
 package main
 
 import (
-	"database/sql"
 	"fmt"
 	"os"
 	"os/exec"
@@ -88,11 +87,10 @@ func TestSchemaTakesTime(t *testing.T) {
 	must(db.Exec(schema))
 	must(db.Exec(`ALTER TABLE products DROP CONSTRAINT products_dates`))
 	const constraints = `SELECT count(*) FROM pg_constraint WHERE conname = 'products_dates'`
-	const waiting = `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`
 	tx := lock(db, `LOCK TABLE products`)
 	s := startReplica(t, cfg)
-	eventually(t, "the schema waits for the lock", func() bool { return ask[int](db, waiting) == 1 })
-	eventually(t, "the schema gives up", func() bool { return ask[int](db, waiting) == 0 })
+	awaitLocks(t, db, 1)
+	awaitLocks(t, db, 0) // the schema has given up
 	check(tx.Rollback())
 	s.awaitHit("/products")
 	equal(t, "constraints", ask[int](db, constraints), 1)
@@ -140,13 +138,7 @@ func useAfter(t *testing.T, rounds int, changes ...string) {
 	path := s.create(`{"name":"a","price":1}`)
 	for _, change := range changes {
 		for range 2 { // taken for the second time, a connection prepares its statements
-			var conns []*sql.Conn
-			for range poolSize() {
-				conns = append(conns, must(s.db.Conn(t.Context())))
-			}
-			for _, conn := range conns {
-				check(conn.Close())
-			}
+			s.takePool()()
 		}
 		must(s.psql.Exec(change))
 		for i := range rounds {
@@ -220,7 +212,7 @@ func TestOutcomeUnknown(t *testing.T) {
 		a.contains("may have been made")
 		equal(t, "Retry-After", a.header.Get("Retry-After"), "")
 	})
-	awaitLock(t, db)
+	awaitLocks(t, db, 1)
 	proxy.lead(proxy.target)
 	wait()
 	check(tx.Commit())

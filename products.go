@@ -170,7 +170,6 @@ const (
 // respondBody answers with the body that build returns. If a large body has to wait for its turn, respondBody drops it
 // and builds it again afterwards: a thousand slow clients must not hold a thousand bodies.
 func (s *server) respondBody(w http.ResponseWriter, r *http.Request, build func() ([]byte, error)) error {
-	release := func() { <-s.largeAnswers }
 	for itsTurn := false; ; {
 		body, err := build()
 		if errors.Is(err, errRepeat) {
@@ -182,19 +181,20 @@ func (s *server) respondBody(w http.ResponseWriter, r *http.Request, build func(
 		if len(body) > largeAnswer && !itsTurn {
 			select {
 			case s.largeAnswers <- struct{}{}:
-				defer release()
 			default:
-				body = nil
+				body = nil // not held while this request waits
 				select {
 				case s.largeAnswers <- struct{}{}:
-					defer release()
-					itsTurn = true
-					continue
 				case <-r.Context().Done():
 					return r.Context().Err()
 				case <-time.After(answerTimeout):
 					return problemf(http.StatusServiceUnavailable, "too many large answers are on their way")
 				}
+			}
+			defer func() { <-s.largeAnswers }()
+			itsTurn = true
+			if body == nil {
+				continue
 			}
 		}
 		respond(w, http.StatusOK, "application/json", body)
@@ -445,17 +445,14 @@ func (t *text) UnmarshalJSON(value []byte) error {
 	if err := json.Unmarshal(value, &t.String); err != nil {
 		return err
 	}
-	wrong := json.UnmarshalTypeError{Type: reflect.TypeFor[string]()}
-	switch {
-	case value[0] == 'n':
-		wrong.Value = "null"
-	case strings.Contains(t.String, "\x00"):
-		wrong.Value = "string with a NUL"
-	default:
-		t.Valid = true
-		return nil
+	if value[0] == 'n' {
+		return &json.UnmarshalTypeError{Value: "null", Type: reflect.TypeFor[string]()}
 	}
-	return &wrong
+	if strings.Contains(t.String, "\x00") {
+		return &json.UnmarshalTypeError{Value: "string with a NUL", Type: reflect.TypeFor[string]()}
+	}
+	t.Valid = true
+	return nil
 }
 
 // A digits is a number field of a body, as its digits, so that a price stays exact from the body to PostgreSQL. If it
