@@ -85,7 +85,8 @@ const _ = uint64(markLife - (sendTimeout + statementTimeout + leaseLife + time.S
 // that, an announced statement ends within sendTimeout and statementTimeout.
 const _ = uint64(settleTime - (noticeTime + sendTimeout + statementTimeout))
 
-// A writer that has waited for an unresponsive Redis must still have time to send its statement.
+// A writer that has waited for an unresponsive Redis must still have time to send its statement. Otherwise it would
+// announce itself again and again.
 const _ = uint64(sendTimeout - 2*redisTimeout)
 
 const (
@@ -324,12 +325,11 @@ var (
 	errUnchanged      = errors.New("nothing was changed")
 	errRepeat         = fmt.Errorf("repeat it: %w", errUnchanged)
 	errOutcomeUnknown = errors.New("outcome unknown")
-	errTooLate        = errors.New("too late to send the statement")
 )
 
 // Write runs change, which must send one statement, to change the rows behind keys. Once Write has returned, or any
 // client has seen the new rows, no reader gets an old body from the cache. The end of ctx stops only the wait for a
-// connection, never a change halfway. The error is change's, a connection error, or errTooLate.
+// connection, never a change halfway. The error is change's or a connection error.
 func (c *cache) Write(ctx context.Context, keys []string, change func(context.Context, *sql.Conn) error) error {
 	for token := rand.Text(); ; {
 		announced, err := c.announceAndChange(ctx, keys, token, change)
@@ -350,19 +350,22 @@ func (c *cache) Write(ctx context.Context, keys []string, change func(context.Co
 // between leaves empty keys and marks that expire, but never an old body.
 func (c *cache) announceAndChange(ctx context.Context, keys []string, token string,
 	change func(context.Context, *sql.Conn) error) (announced bool, err error) {
-	// The connection comes first: a mark has to last for the statement, not also for the wait for a connection. The
-	// change gets one connection and not the pool, which would send the statement again if a connection breaks. The
-	// connection returns to the pool before the retraction, which does not need it.
+	// The change gets one connection and not the pool, which would send the statement again if a connection breaks. The
+	// pool is the bottleneck of changes, so a writer has its connection only for its statement: it takes it after the
+	// announcement, and returns it before the retraction.
+	announced, sendBefore := c.announce(keys, token)
 	waiting, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
 	conn, err := c.db.Conn(waiting)
 	if err != nil {
-		return false, err
+		return announced, err
 	}
 	defer conn.Close()
+	// After a long wait, or if the process was paused, the mark might expire before the commit.
+	for time.Now().After(sendBefore) {
+		announced, sendBefore = c.announce(keys, token)
+	}
 	ctx = context.WithoutCancel(ctx)
-	deadline := time.Now().Add(sendTimeout)
-	announced = c.runWriterScript(announceScript, keys, token) == nil
 	if !announced {
 		c.trust.distrust(errors.New("a writer could not announce itself")) // cached bodies are about to become stale
 		// Under another application_name, the trigger of rule 2 reports this change like any other session's.
@@ -372,15 +375,17 @@ func (c *cache) announceAndChange(ctx context.Context, keys []string, token stri
 		// If this fails, the trigger also reports later changes on this connection, which is harmless.
 		defer func() { _, _ = conn.ExecContext(ctx, `RESET application_name`) }()
 	}
-	// If the process was paused here, the mark might expire before the commit.
-	if time.Now().After(deadline) {
-		return announced, errTooLate
-	}
 	err = change(ctx, conn)
 	if err != nil && !errors.Is(err, errUnchanged) {
 		err = fmt.Errorf("%w: %w", errOutcomeUnknown, err)
 	}
 	return announced, err
+}
+
+// announce returns whether Redis has the writer's marks, and until when the writer may send its statement.
+func (c *cache) announce(keys []string, token string) (announced bool, sendBefore time.Time) {
+	sendBefore = time.Now().Add(sendTimeout)
+	return c.runWriterScript(announceScript, keys, token) == nil, sendBefore
 }
 
 // runWriterScript runs announceScript or retractScript for the keys.

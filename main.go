@@ -643,7 +643,7 @@ func (c *preparedConn) ResetSession(ctx context.Context) error {
 	if !c.socket.idle() {
 		return driver.ErrBadConn
 	}
-	// Prepare here and not when a statement is sent, because a writer must lose no time after its announcement. But do
+	// Prepare here and not when a statement is sent, because a writer checks the age of its announcement in between. But do
 	// not prepare behind a pooler in transaction mode. lib/pq names statements by number, so the pooler may switch to a
 	// session that has a different statement under the same name.
 	if c.prepared == nil && c.sessions.Load() {
@@ -705,6 +705,6 @@ func unavailable(err error) bool {
 			pqerror.ReadOnlySQLTransaction) != nil // a standby, after a failover
 	}
 	_, network := errors.AsType[net.Error](err)
-	return network || slices.ContainsFunc([]error{context.DeadlineExceeded, errTooLate, errNotConnected, driver.ErrBadConn,
+	return network || slices.ContainsFunc([]error{context.DeadlineExceeded, errNotConnected, driver.ErrBadConn,
 		sql.ErrConnDone, io.EOF, io.ErrUnexpectedEOF}, func(target error) bool { return errors.Is(err, target) })
 }
