@@ -48,7 +48,7 @@ type cache struct {
 type cacheConfig struct {
 	db            *sql.DB      // the pool that serves requests
 	heartbeatDB   *sql.DB      // one connection, opened like the pool's: an exhausted pool is no reason for doubt
-	sessions      *atomic.Bool // set by the verifier while each connection is one PostgreSQL session: no pooler mixes
+	mayPrepare    *atomic.Bool // set by the verifier while each connection is one PostgreSQL session: no pooler mixes
 	newListener   func(pq.EventCallbackType) *pq.Listener
 	applySchema   func(context.Context) error
 	redisAddress  string
@@ -62,7 +62,7 @@ const (
 	heartbeatTimeout    = time.Second             // for PostgreSQL's answer to a check
 	redisTimeout        = 700 * time.Millisecond  // for a round trip to Redis, including a new connection
 	statementTimeout    = 2 * time.Second         // PostgreSQL ends a statement after this
-	queryTimeout        = 2500 * time.Millisecond // to wait for a free connection
+	poolTimeout         = 2500 * time.Millisecond // to wait for a free connection of a pool
 	lookupTimeout       = 5 * time.Second         // for a lookup, and for each caller that waits for one
 	leaseLife           = lookupTimeout           // a lease is useless once its lookup has ended
 	sendTimeout         = 1500 * time.Millisecond // from a writer's announcement until it sends its statement
@@ -354,7 +354,7 @@ func (c *cache) announceAndChange(ctx context.Context, keys []string, token stri
 	// pool is the bottleneck of changes, so a writer has its connection only for its statement: it takes it after the
 	// announcement, and returns it before the retraction.
 	announced, sendBefore := c.announce(keys, token)
-	waiting, cancel := context.WithTimeout(ctx, queryTimeout)
+	waiting, cancel := context.WithTimeout(ctx, poolTimeout)
 	defer cancel()
 	conn, err := c.db.Conn(waiting)
 	if err != nil {
@@ -486,7 +486,7 @@ func (c *cache) restore() error {
 	if _, err := c.redis.do("SET", keyPrefix+"probe", "", "EX", 1); err != nil {
 		return err
 	}
-	if _, err := c.redis.scan("UNLINK", time.Hour); err != nil { // Redis may hold millions of other programs' keys
+	if _, err := c.redis.onAllKeys("UNLINK", time.Hour); err != nil { // Redis may hold millions of other programs' keys
 		return err
 	}
 	c.trust.trustedEpoch.Store(epoch) // no longer the current epoch if a doubt arose meanwhile
@@ -559,7 +559,7 @@ func (v *verifier) verify(ctx context.Context) error {
 	case ctx.Err() == nil:
 		v.trust.distrust(err)
 	}
-	v.sessions.Store(err == nil)
+	v.mayPrepare.Store(err == nil)
 	return err
 }
 
@@ -578,13 +578,13 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 	// While the cache is in use, one notification per second is enough. A listener stops hearing only if it loses its
 	// connection, and the service notices that anyway.
 	v.beats++
-	own := ""
+	notification := ""
 	if v.beats%heartbeatsPerSecond == 0 || !v.trust.trustedIn(epoch) {
-		own = strconv.Itoa(v.beats)
+		notification = strconv.Itoa(v.beats)
 	}
 	var triggers, enabled, void string
 	var timeout int64 // in milliseconds
-	row := v.heartbeatDB.QueryRowContext(ctx, selectGuards, v.ownChannel, own)
+	row := v.heartbeatDB.QueryRowContext(ctx, selectGuards, v.ownChannel, notification)
 	err := row.Scan(&triggers, &enabled, &timeout, &void)
 	if err != nil {
 		return err
@@ -607,18 +607,18 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 		return fmt.Errorf("statement_timeout is %d ms, not %s: a pooler in transaction mode may have lost it",
 			timeout, statementTimeout)
 	}
-	return v.hear(own)
+	return v.hear(notification)
 }
 
-// hear waits for a notification of the service's own. An empty one was not sent.
-func (v *verifier) hear(own string) error {
-	if own == "" {
+// hear waits for a notification that this process sent to itself. An empty one was not sent.
+func (v *verifier) hear(notification string) error {
+	if notification == "" {
 		return nil
 	}
 	for timeout := time.After(heartbeatTimeout); ; {
 		select {
 		case heard := <-v.heard:
-			if heard == own {
+			if heard == notification {
 				return nil
 			}
 		case <-timeout:
@@ -841,10 +841,10 @@ func infoField(info, name string) string {
 	return value
 }
 
-// scan runs UNLINK or EXISTS on all of the cache's keys, about a thousand at a time, and returns how many it counted.
-// It uses SCAN because KEYS would block Redis, which may hold many keys of other programs. After the limit the error is
-// context.DeadlineExceeded.
-func (c *redisClient) scan(name string, limit time.Duration) (count int, err error) {
+// onAllKeys runs UNLINK or EXISTS on all of the cache's keys, about a thousand at a time, and returns how many it
+// counted. It uses SCAN because KEYS would block Redis, which may hold many keys of other programs. After the limit the
+// error is context.DeadlineExceeded.
+func (c *redisClient) onAllKeys(command string, limit time.Duration) (count int, err error) {
 	began := time.Now()
 	for cursor := "0"; ; {
 		var keys []any
@@ -854,7 +854,7 @@ func (c *redisClient) scan(name string, limit time.Duration) (count int, err err
 		}
 		if err == nil && len(keys) > 0 {
 			var n int
-			n, err = redis.Int(c.do(name, keys...))
+			n, err = redis.Int(c.do(command, keys...))
 			count += n
 		}
 		if err != nil || cursor == "0" {
@@ -870,7 +870,7 @@ func (c *redisClient) scan(name string, limit time.Duration) (count int, err err
 
 // Clear deletes the cache's keys and returns their number. It gives up soon after lookupTimeout, with
 // context.DeadlineExceeded. It outlives the request that started it.
-func (c *cache) Clear() (int, error) { return c.redis.scan("UNLINK", lookupTimeout) }
+func (c *cache) Clear() (int, error) { return c.redis.onAllKeys("UNLINK", lookupTimeout) }
 
 // Version returns the version of the Redis that answers.
 func (c *cache) Version() (string, error) {
@@ -905,7 +905,7 @@ func (c *cache) Stats() (cacheStats, redis.PoolStats) {
 	info, err := redis.String(c.redis.do("INFO", "memory"))
 	if err == nil {
 		st.Status, st.Memory = "connected", infoField(info, "used_memory_human")
-		if count, err := c.redis.scan("EXISTS", time.Second); err == nil {
+		if count, err := c.redis.onAllKeys("EXISTS", time.Second); err == nil {
 			st.Keys = &count
 		}
 	}

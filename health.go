@@ -90,7 +90,7 @@ func (s *server) probes() (postgres, redis service) {
 	var asking sync.WaitGroup
 	asking.Go(func() { redis = probe(s.cfg.redisHost, s.cfg.redisPort, s.cache.Version) })
 	postgres = probe(s.cfg.postgresHost, s.cfg.postgresPort, func() (version string, err error) {
-		ctx, cancel := context.WithTimeout(context.Background(), queryTimeout)
+		ctx, cancel := context.WithTimeout(context.Background(), poolTimeout)
 		defer cancel()
 		err = s.healthDB.QueryRowContext(ctx, selectVersion).Scan(&version)
 		return version, err
@@ -165,7 +165,7 @@ type poolStats struct {
 // stats answers GET /stats. The cache's and the pools' figures are this replica's own. The catalogue's are the same on
 // every replica.
 func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
-	ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), poolTimeout)
 	defer cancel()
 	var catalogue []byte
 	if err := s.db.QueryRowContext(ctx, selectStats).Scan(&catalogue); err != nil {

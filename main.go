@@ -199,18 +199,18 @@ type server struct {
 
 // newServer returns a server, which connects to PostgreSQL and Redis on demand. The caller must start cache.Run.
 func newServer(cfg config) *server {
-	sessions := new(atomic.Bool)
-	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize(), sessions, statements...)
+	mayPrepare := new(atomic.Bool)
+	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize(), mayPrepare, statements...)
 	return &server{
 		cfg:          cfg,
 		db:           db,
-		healthDB:     openDatabase(cfg, healthTimeout, 1, sessions),
+		healthDB:     openDatabase(cfg, healthTimeout, 1, mayPrepare),
 		largeAnswers: make(chan struct{}, maxLargeAnswers),
 		started:      time.Now(),
 		cache: newCache(cacheConfig{
 			db:            db,
-			heartbeatDB:   openDatabase(cfg, heartbeatTimeout, 1, sessions, selectGuards),
-			sessions:      sessions,
+			heartbeatDB:   openDatabase(cfg, heartbeatTimeout, 1, mayPrepare, selectGuards),
+			mayPrepare:    mayPrepare,
 			newListener:   func(f pq.EventCallbackType) *pq.Listener { return openListener(cfg, f) },
 			applySchema:   func(ctx context.Context) error { return applySchema(ctx, cfg) },
 			redisAddress:  net.JoinHostPort(cfg.redisHost, cfg.redisPort),
@@ -485,10 +485,10 @@ func dataSource(cfg config) string {
 }
 
 // openDatabase returns a pool of at most size connections, which connects on demand. Every read from a connection ends
-// after readTimeout. While sessions is set, each connection prepares the statements once.
-func openDatabase(cfg config, readTimeout time.Duration, size int, sessions *atomic.Bool,
+// after readTimeout. While mayPrepare is set, each connection prepares the statements once.
+func openDatabase(cfg config, readTimeout time.Duration, size int, mayPrepare *atomic.Bool,
 	statements ...string) *sql.DB {
-	db := sql.OpenDB(connector{dataSource(cfg), readTimeout, sessions, statements})
+	db := sql.OpenDB(connector{dataSource(cfg), readTimeout, mayPrepare, statements})
 	// All open connections may stay idle, because opening one costs more than a statement.
 	db.SetMaxOpenConns(size)
 	db.SetMaxIdleConns(size)
@@ -587,7 +587,7 @@ var errNotConnected = errors.New("could not connect to PostgreSQL")
 type connector struct {
 	dsn         string
 	readTimeout time.Duration
-	sessions    *atomic.Bool // set while each connection is known to be one PostgreSQL session
+	mayPrepare  *atomic.Bool // set while each connection is known to be one PostgreSQL session
 	statements  []string
 }
 
@@ -643,10 +643,10 @@ func (c *preparedConn) ResetSession(ctx context.Context) error {
 	if !c.socket.idle() {
 		return driver.ErrBadConn
 	}
-	// Prepare here and not when a statement is sent, because a writer checks the age of its announcement in between. But do
-	// not prepare behind a pooler in transaction mode. lib/pq names statements by number, so the pooler may switch to a
-	// session that has a different statement under the same name.
-	if c.prepared == nil && c.sessions.Load() {
+	// Prepare here and not when a statement is sent, because a writer checks the age of its announcement in between. But
+	// do not prepare behind a pooler in transaction mode. lib/pq names statements by number, so the pooler may switch to
+	// a session that has a different statement under the same name.
+	if c.prepared == nil && c.mayPrepare.Load() {
 		c.prepared = map[string]driver.Stmt{}
 		for _, query := range c.statements {
 			stmt, err := c.pqConn.PrepareContext(context.WithoutCancel(ctx), query)
@@ -665,7 +665,7 @@ func (c *preparedConn) ResetSession(ctx context.Context) error {
 func (c *preparedConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
 	ctx = context.WithoutCancel(ctx)
 	stmt := c.prepared[query]
-	if stmt == nil || !c.sessions.Load() {
+	if stmt == nil || !c.mayPrepare.Load() {
 		return c.pqConn.QueryContext(ctx, query, args)
 	}
 	rows, err := stmt.(driver.StmtQueryContext).QueryContext(ctx, args)

@@ -153,7 +153,7 @@ func (s *server) listProducts(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return s.respondBody(w, r, func() ([]byte, error) {
-		ctx, cancel := context.WithTimeout(r.Context(), queryTimeout)
+		ctx, cancel := context.WithTimeout(r.Context(), poolTimeout)
 		defer cancel()
 		return s.encodePage(ctx, p)
 	})
@@ -325,7 +325,7 @@ func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
 		if e := pq.As(err, pqerror.UniqueViolation); e == nil || e.Constraint != "products_pkey" {
 			break
 		}
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), queryTimeout)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), poolTimeout)
 		_, failed := s.db.ExecContext(ctx, skipTakenIDs)
 		cancel()
 		if failed != nil {
