@@ -286,7 +286,7 @@ func BenchmarkRequests(b *testing.B) {
 				programs = append(programs, startProcess(b, path, cfg, logLevel, "REFERENCE="+names[i]))
 			}
 			for _, service := range programs[2:] {
-				service.awaitHit("/products/1")
+				service.awaitHit("/products/1", "")
 			}
 			for _, s := range scenarios(products) {
 				b.Run(s.name, func(b *testing.B) {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -19,273 +18,224 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// A bench is two replicas, a and b, at one PostgreSQL and, behind a proxy, one Redis of the test's own, and a product
-// whose stock the tests read and change at points that they choose.
-type bench struct {
-	t     *testing.T
-	cfg   config
-	redis *redisServer
-	proxy *proxy
-	a, b  *testServer
-}
+// The tests of the protocol read and change the stock of one product, in two replicas, at points that they choose.
+const productPath = "/products/1"
 
-// stockKey is where the stock is cached, of what is the first product of its database. A writer names stockKeys.
-const stockKey = "products:1"
+var productKeys = []string{keyAll, productKey(1)}
 
-var stockKeys = []string{keyAll, stockKey}
-
-func newBench(t *testing.T) *bench {
+// startTwo starts two replicas at one PostgreSQL and, behind a proxy, one Redis. The product has a stock of 0.
+func startTwo(t *testing.T) (a, b *testServer) {
 	r, cfg := alone(t)
 	proxy := startProxy(t, &cfg.redisPort, nil)
-	be := &bench{t: t, cfg: cfg, redis: r, proxy: proxy, a: startServer(t, cfg), b: startServer(t, cfg)}
-	equal(t, "the product", be.a.create(`{"name":"a","price":1,"stock":0}`), "/products/1")
-	return be
+	a, b = startServer(t, cfg), startServer(t, cfg)
+	a.redis, a.psql, a.proxy = r, psql(t, cfg), proxy
+	equal(t, "the product", a.create(`{"name":"a","price":1}`), productPath)
+	return a, b
 }
 
-// load reads the stock from PostgreSQL as a body.
-func (be *bench) load(ctx context.Context) ([]byte, error) {
-	var stock int
-	err := be.a.db.QueryRowContext(ctx, `SELECT stock FROM products WHERE id = 1`).Scan(&stock)
-	return body(stock), err
+// stockIs is the part of a body that says so.
+func stockIs(stock int) string { return fmt.Sprintf(`"stock":%d,`, stock) }
+
+func (s *testServer) readStock(stock int, sources ...source) {
+	s.t.Helper()
+	s.read(productPath, stockIs(stock), sources...)
 }
 
-func body(stock int) []byte { return fmt.Appendf(nil, `{"stock":%d}`, stock) }
-
-// readWith reads the stock through a replica that calls load on a miss. It fails the test unless the stock is as wanted
-// and, if sources are named, comes from one of them.
-func (be *bench) readWith(s *testServer, load func(context.Context) ([]byte, error), want int, sources ...source) (
-	got []byte, from source) {
-	be.t.Helper()
-	got, from, err := s.cache.Get(be.t.Context(), stockKey, load)
-	ok := err == nil && bytes.Equal(got, body(want)) && (len(sources) == 0 || slices.Contains(sources, from))
-	expect(be.t, ok, "read %s (%s, %v), want %s %q", got, from, err, body(want), sources)
-	return got, from
+// awaitStock reads the stock until it comes from the cache. It must be as given all the time.
+func (s *testServer) awaitStock(stock int) (took time.Duration) {
+	s.t.Helper()
+	return s.awaitHit(productPath, stockIs(stock))
 }
 
-func (be *bench) read(s *testServer, want int, sources ...source) ([]byte, source) {
-	be.t.Helper()
-	return be.readWith(s, be.load, want, sources...)
+// load reads the product from PostgreSQL, for cache.Get.
+func (s *testServer) load(ctx context.Context) ([]byte, error) {
+	var p product
+	err := p.scan(s.db.QueryRowContext(ctx, selectProduct, 1))
+	return must(encode(&p)), err
 }
 
-// awaitHit reads the stock through a replica until it comes from the cache. It must be as wanted all the time.
-func (be *bench) awaitHit(s *testServer, want int) (took time.Duration) {
-	be.t.Helper()
-	return eventually(be.t, "the cache is in use", func() bool {
-		_, from := be.read(s, want)
-		return from == hit || be.t.Failed()
-	})
-}
-
-// awaitSeen waits until both replicas return a stock that another session has set.
-func (be *bench) awaitSeen(stock int) {
-	for _, s := range []*testServer{be.a, be.b} {
-		eventually(be.t, fmt.Sprintf("the stock is %d", stock), func() bool {
-			got, _, err := s.cache.Get(be.t.Context(), stockKey, be.load)
-			return err == nil && bytes.Equal(got, body(stock))
-		})
-	}
-}
-
-// A change is what Write runs.
-type change = func(context.Context, *sql.Conn) error
-
-// setStock returns a change that sets the stock.
-func setStock(stock int) change {
+// setStock returns a change for cache.Write.
+func setStock(stock int) func(context.Context, *sql.Conn) error {
 	return func(ctx context.Context, conn *sql.Conn) error {
-		return classify(conn.QueryRowContext(ctx, stockSQL, stock).Scan(new(int64)))
+		_, err := conn.ExecContext(ctx, `UPDATE products SET stock = $1 WHERE id = 1`, stock)
+		return classify(err)
 	}
-}
-
-const stockSQL = `UPDATE products SET stock = $1 WHERE id = 1 RETURNING id`
-
-// tryWrite makes a change through a replica.
-func (be *bench) tryWrite(s *testServer, c change) error {
-	return s.cache.Write(be.t.Context(), stockKeys, c)
 }
 
 // write makes a change that must succeed.
-func (be *bench) write(s *testServer, c change) {
-	be.t.Helper()
-	equal(be.t, "the writer's error", be.tryWrite(s, c), nil)
+func (s *testServer) write(change func(context.Context, *sql.Conn) error) {
+	s.t.Helper()
+	equal(s.t, "the writer's error", s.cache.Write(s.t.Context(), productKeys, change), nil)
 }
 
-// A hold stops a goroutine at a chosen point until the test releases it.
-type hold chan struct{}
-
-func (h hold) here() {
-	h <- struct{}{}
-	<-h
-}
-
-// await returns when the goroutine is there.
-func (h hold) await(t *testing.T) {
-	select {
-	case <-h:
-	case <-time.After(15 * time.Second):
-		t.Fatal("a read or a write did not come to its statement")
+// begin runs f in a goroutine until f calls here. Each call of what it returns lets f run to the next here, or to its
+// end.
+func begin(t testing.TB, f func(here func())) (next func()) {
+	turns := make(chan bool) // f sends that it is here or, closing the channel, at its end; next sends that f may go on
+	await := func() {
+		select {
+		case <-turns:
+		case <-time.After(15 * time.Second):
+			t.Fatal("a read or a write did not come to its next point")
+		}
+	}
+	go func() {
+		defer close(turns)
+		f(func() {
+			turns <- true
+			<-turns
+		})
+	}()
+	await()
+	return func() {
+		turns <- true
+		await()
 	}
 }
 
-func (h hold) release() { h <- struct{}{} }
-
 // heldWrite begins a write that stops before and after its statement. What it returns lets it commit and, then, end.
-func (be *bench) heldWrite(s *testServer, stock int) (commit, end func()) {
-	statement := make(hold)
-	wait := concurrently(1, func(int) {
-		be.write(s, func(ctx context.Context, conn *sql.Conn) error {
-			statement.here()
-			defer statement.here()
+func (s *testServer) heldWrite(stock int) (commit, end func()) {
+	next := begin(s.t, func(here func()) {
+		s.write(func(ctx context.Context, conn *sql.Conn) error {
+			here()
+			defer here()
 			return setStock(stock)(ctx, conn)
 		})
 	})
-	statement.await(be.t)
-	commit = func() {
-		statement.release()
-		statement.await(be.t)
-	}
-	end = func() {
-		statement.release()
-		wait()
-	}
-	return commit, end
+	return next, next
 }
 
-// heldRead begins a read that stops between its query and its fill. What it returns lets it go on. The read must be a
-// miss with the stock given.
-func (be *bench) heldRead(s *testServer, stock int) (fill func() []byte) {
-	query := make(hold)
-	var got []byte
-	wait := concurrently(1, func(int) {
-		got, _ = be.readWith(s, func(ctx context.Context) ([]byte, error) {
-			defer query.here()
-			return be.load(ctx)
-		}, stock, miss)
+// heldRead begins a read that stops between its query and its fill, which needs a lease of its own. What it returns
+// lets it go on. The read must be a miss with the stock given.
+func (s *testServer) heldRead(stock int) (fill func()) {
+	return begin(s.t, func(here func()) {
+		body, from, err := s.cache.Get(s.t.Context(), productKey(1), func(ctx context.Context) ([]byte, error) {
+			defer here()
+			return s.load(ctx)
+		})
+		ok := err == nil && from == miss && bytes.Contains(body, []byte(stockIs(stock)))
+		expect(s.t, ok, "read %s (%s, %v), want a miss with %s", body, from, err, stockIs(stock))
 	})
-	query.await(be.t)
-	return func() []byte {
-		query.release()
-		wait()
-		return got
-	}
 }
 
 // A reader that read the old row fills only after the writer has come and gone.
 func TestFillAfterCommit(t *testing.T) {
-	be := newBench(t)
-	fill := be.heldRead(be.a, 0)
-	be.write(be.b, setStock(1))
+	a, b := startTwo(t)
+	fill := a.heldRead(0)
+	b.write(setStock(1))
 	fill()
-	be.read(be.a, 1)
-	be.read(be.b, 1)
+	a.readStock(1)
+	b.readStock(1)
 }
 
 // A reader with a lease of its own reads the old row while a writer is at work, and fills after the commit: before the
 // writer's clean-up, and after it.
 func TestFillWhileWriting(t *testing.T) {
 	twice(t, "after clean-up", func(t *testing.T, afterCleanUp bool) {
-		be := newBench(t)
-		commit, end := be.heldWrite(be.b, 1)
-		fill := be.heldRead(be.a, 0)
+		a, b := startTwo(t)
+		commit, end := b.heldWrite(1)
+		fill := a.heldRead(0)
 		commit()
 		if afterCleanUp {
 			end()
 		}
 		fill()
-		be.read(be.a, 1)
+		a.readStock(1)
 		if !afterCleanUp {
 			end()
 		}
-		be.read(be.a, 1)
+		a.readStock(1)
 	})
 }
 
 // Two writers overlap, in both orders; the one that ends first must not open the key for fills.
 func TestOverlappingWriters(t *testing.T) {
 	twice(t, "last in, first out", func(t *testing.T, lastInFirstOut bool) {
-		be := newBench(t)
-		commit1, end1 := be.heldWrite(be.a, 1)
-		commit2, end2 := be.heldWrite(be.b, 1)
+		a, b := startTwo(t)
+		commit1, end1 := a.heldWrite(1)
+		commit2, end2 := b.heldWrite(1)
 		if lastInFirstOut {
 			commit1, end1, commit2, end2 = commit2, end2, commit1, end1
 		}
 		commit1()
 		end1()
-		be.read(be.a, 1, miss)
-		must(be.a.db.Exec(`UPDATE products SET stock = 0 WHERE id = 1`))
-		be.read(be.a, 0) // must not be filled either: the other writer sets it to 1
-		be.read(be.a, 0)
+		a.readStock(1, miss)
+		must(a.db.Exec(`UPDATE products SET stock = 0 WHERE id = 1`))
+		a.readStock(0) // must not be filled either: the other writer sets it to 1
+		a.readStock(0)
 		commit2()
-		be.read(be.a, 1)
-		be.read(be.b, 1)
+		a.readStock(1)
+		b.readStock(1)
 		end2()
-		be.awaitHit(be.a, 1)
+		a.awaitStock(1)
 	})
 }
 
 // The old body was cached; between the commit and the writer's clean-up, a client that has seen the new row must not be
 // followed by anybody who still hits the old one.
 func TestNeverBackInTime(t *testing.T) {
-	be := newBench(t)
-	be.awaitHit(be.a, 0)
-	commit, end := be.heldWrite(be.b, 1)
+	a, b := startTwo(t)
+	a.awaitStock(0)
+	commit, end := b.heldWrite(1)
 	commit()
-	be.read(be.a, 1)
-	be.read(be.b, 1)
+	a.readStock(1)
+	b.readStock(1)
 	end()
 }
 
 // A replica that does not trust its cache announces its writes like any other: it may have lost no more than its
 // listener, or have just started, as the one here, which has not even connected to Redis before its first write.
 func TestWriteWithoutTrust(t *testing.T) {
-	be := newBench(t)
-	starting := &testServer{server: newServer(be.cfg)}
-	defer starting.db.Close()
+	a, _ := startTwo(t)
+	starting := &testServer{server: newServer(a.cfg), t: t}
+	defer starting.close()
 	for stock := 1; stock <= 2; stock++ {
-		be.awaitHit(be.a, stock-1)
-		be.write(starting, func(ctx context.Context, conn *sql.Conn) error {
-			equal(t, "the number of marks", be.redis.do("EXISTS", writersKey(keyAll), writersKey(stockKey)), any(int64(2)))
+		a.awaitStock(stock - 1)
+		starting.write(func(ctx context.Context, conn *sql.Conn) error {
+			marks := a.redis.do("EXISTS", writersKey(keyAll), writersKey(productKey(1)))
+			equal(t, "the number of marks", marks, any(int64(2)))
 			equal(t, "trust", starting.cache.Trusted(), false)
 			return setStock(stock)(ctx, conn)
 		})
-		be.read(be.a, stock)
+		a.readStock(stock)
 	}
 }
 
 // A writer dies after its commit: it leaves empty keys and a mark that expires, never a stale body.
 func TestWriterDies(t *testing.T) {
-	be := newBench(t)
-	be.awaitHit(be.a, 0)
-	check(be.b.cache.runWriterScript(announceScript, stockKeys, "dead"))
-	fill := be.heldRead(be.a, 0) // reads the old row
-	must(be.b.db.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))
+	a, b := startTwo(t)
+	a.awaitStock(0)
+	check(b.cache.runWriterScript(announceScript, productKeys, "dead"))
+	fill := a.heldRead(0) // reads the old row
+	must(b.db.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))
 	fill()
-	be.read(be.a, 1)
-	be.read(be.a, 1, miss) // nothing is filled under a dead writer's mark
+	a.readStock(1)
+	a.readStock(1, miss) // nothing is filled under a dead writer's mark
 	// The mark lasts markLife from when Redis took it, on Redis's own clock.
-	now := must(redis.Int64s(be.redis.try("TIME")))[0]
-	left := must(redis.Int64(be.redis.try("ZSCORE", writersKey(stockKey), "dead"))) - now
+	now := must(redis.Int64s(a.redis.try("TIME")))[0]
+	left := must(redis.Int64(a.redis.try("ZSCORE", writersKey(productKey(1)), "dead"))) - now
 	life := int64(markLife.Seconds())
 	expect(t, left >= life-5 && left <= life, "the mark lasts for %d s more", left)
-	be.redis.do("ZADD", writersKey(stockKey), now-1, "dead")
-	be.read(be.a, 1)
-	be.read(be.a, 1, hit)
+	a.redis.do("ZADD", writersKey(productKey(1)), now-1, "dead")
+	a.readStock(1)
+	a.readStock(1, hit)
 }
 
 // What PostgreSQL refused is known not to have happened: the cache is in use again at once. When the connection breaks
 // under a writer, its change may yet be committed, and here it is.
 func TestFailedWrites(t *testing.T) {
-	be := newBench(t)
-	err := be.tryWrite(be.a, setStock(-1)) // the table's CHECK refuses it
+	a, b := startTwo(t)
+	err := a.cache.Write(t.Context(), productKeys, setStock(-1)) // the table's CHECK refuses it
 	expect(t, errors.Is(err, errUnchanged) && !unavailable(err), "the writer got %v", err)
-	be.read(be.a, 0)
-	be.read(be.a, 0, hit)
+	a.readStock(0)
+	a.readStock(0, hit)
 	lost := errors.New("the connection broke")
-	err = be.tryWrite(be.a, func(context.Context, *sql.Conn) error { return lost })
+	err = a.cache.Write(t.Context(), productKeys, func(context.Context, *sql.Conn) error { return lost })
 	expect(t, errors.Is(err, lost) && errors.Is(err, errOutcomeUnknown), "the writer got %v", err)
-	be.read(be.a, 0)
-	be.read(be.a, 0, miss)
-	must(be.b.db.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))
-	be.read(be.a, 1)
+	a.readStock(0)
+	a.readStock(0, miss)
+	must(b.db.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))
+	a.readStock(1)
 }
 
 // A process is paused after its announcement for longer than its statement may wait: it announces itself again.
@@ -303,64 +253,63 @@ func TestPausedWriter(t *testing.T) {
 		}
 	})
 	p = startProcess(t, os.Args[0], cfg)
-	p.awaitHit("/products")
+	p.awaitHit("/products", "")
 	path := p.create(`{"name":"a","price":1}`)
-	p.want(200, "PUT", path, `{"stock":1}`)
-	equal(t, "announcements of two changes", announcements.Load(), 3)
+	armed.Store(true)
+	p.want(503, "PUT", path, `{"stock":1}`)
+	p.read(path, stockIs(0))
+}
+
+// lookup returns the product's newest lookup: the one that waits or, if none does, the one that runs.
+func (s *testServer) lookup() *lookup {
+	s.cache.lookups.mu.Lock()
+	defer s.cache.lookups.mu.Unlock()
+	return s.cache.lookups.newest[productKey(1)]
 }
 
 // A request that comes after a write must not join a lookup that has read the row before it.
 func TestJoinOnlyLaterLookups(t *testing.T) {
-	be := newBench(t)
-	finish := be.heldRead(be.a, 0)
-	be.write(be.b, setStock(1))
-	wait := concurrently(10, func(int) { be.read(be.a, 1) })
-	be.awaitWaiting()
+	a, b := startTwo(t)
+	finish := a.heldRead(0)
+	early := a.lookup()
+	b.write(setStock(1))
+	wait := concurrently(10, func(int) { a.readStock(1) })
+	eventually(t, "a lookup waits", func() bool { return a.lookup() != early })
 	finish()
 	wait()
 }
 
-// awaitWaiting waits until a lookup waits behind one that runs in replica a.
-func (be *bench) awaitWaiting() {
-	eventually(be.t, "a lookup waits", func() bool {
-		lookups := &be.a.cache.lookups
-		lookups.mu.Lock()
-		defer lookups.mu.Unlock()
-		last := lookups.newest[stockKey]
-		return last != nil && !last.started
-	})
-}
-
 // A lookup belongs to nobody: the request that began it may give up, and the others still get their answer.
 func TestLookupOutlivesRequest(t *testing.T) {
-	be := newBench(t)
+	a, _ := startTwo(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	gaveUp := make(chan bool)
-	_, _, err := be.a.cache.Get(ctx, stockKey, func(ctx context.Context) ([]byte, error) {
+	_, _, err := a.cache.Get(ctx, productKey(1), func(ctx context.Context) ([]byte, error) {
 		cancel()
 		<-gaveUp
-		return be.load(ctx)
+		return a.load(ctx)
 	})
 	equal(t, "the error of the request that gave up", err, context.Canceled)
 	close(gaveUp)
-	be.read(be.a, 0, hit) // the lookup has filled the key
+	a.readStock(0, hit) // the lookup has filled the key
 }
 
 // A miss is answered before the key is filled, so that a Redis which is unresponsive just then delays nobody. The next
 // lookup of the key begins after the fill. It finds the same bytes, and returns the copy of the first.
 func TestAnsweredBeforeFill(t *testing.T) {
-	be := newBench(t)
-	answer := be.heldRead(be.a, 0)
-	be.proxy.pause(true)
+	a, _ := startTwo(t)
+	answer := a.heldRead(0)
+	first := a.lookup()
+	a.proxy.pause(true)
 	began := time.Now()
-	first := answer()
+	answer()
 	within(t, time.Since(began), redisTimeout/2, "a miss that need not wait for its fill")
-	var second []byte
-	wait := concurrently(1, func(int) { second, _ = be.read(be.a, 0, hit) })
-	be.awaitWaiting()
-	be.proxy.pause(false)
+	wait := concurrently(1, func(int) { a.readStock(0, hit) })
+	eventually(t, "a lookup waits", func() bool { return a.lookup() != first })
+	second := a.lookup()
+	a.proxy.pause(false)
 	wait()
-	equal(t, "the second body", &second[0], &first[0])
+	equal(t, "the second body", &second.body[0], &first.body[0])
 }
 
 // A panic in the goroutine of a lookup is a 500 and does not end the process.
@@ -370,30 +319,27 @@ func TestPanicInLookup(t *testing.T) {
 	s.db = nil
 	s.want(500, "GET", "/products", "")
 	s.db = db
-	s.wantSource(miss, "/products")
+	s.read("/products", "", miss)
 }
 
 // Redis comes back with a snapshot from before a write. Replica b notices that its connections break. Replica a has
 // none at that time, and notices that another Redis answers.
 func TestOldSnapshot(t *testing.T) {
-	be := newBench(t)
-	be.awaitHit(be.a, 0)
-	be.redis.do("SAVE")
-	be.write(be.b, setStock(1))
-	be.awaitHit(be.a, 1) // no fill is under way any more, which would connect again
-	be.a.stopCache()
-	for pool := be.a.cache.redis.pool; pool.ActiveCount() > 0; {
-		conn := pool.Get()
-		_, _ = conn.Do("QUIT") // the second one finds the connection closed: the pool drops it
-		_ = conn.Close()
-	}
-	be.redis.restart()
-	equal(t, "the body in the snapshot", must(redis.String(be.redis.try("GET", stockKey))), string(body(0)))
-	equal(t, "whether replica a trusts its cache still", be.a.cache.Trusted(), true)
-	be.read(be.a, 1)
-	be.read(be.b, 1)
-	within(t, be.awaitHit(be.b, 1), settleTime+2*time.Second, "the return of the cache")
-	be.read(be.a, 1)
+	a, b := startTwo(t)
+	a.awaitStock(0)
+	a.redis.do("SAVE")
+	b.write(setStock(1))
+	a.awaitStock(1) // no fill is under way any more, which would connect again
+	a.stopCache()
+	a.cache.redis.pool.IdleTimeout = time.Nanosecond // the pool drops its connection before it could break
+	a.redis.restart()
+	snapshot := must(redis.String(a.redis.try("GET", productKey(1))))
+	expect(t, strings.Contains(snapshot, stockIs(0)), "the snapshot has %s", snapshot)
+	equal(t, "whether replica a trusts its cache still", a.cache.Trusted(), true)
+	a.readStock(1)
+	b.readStock(1)
+	within(t, b.awaitStock(1), settleTime+2*time.Second, "the return of the cache")
+	a.readStock(1)
 }
 
 // Redis is restarted under a writer, or another takes its place, and the writer's mark is lost with it. No replica uses
@@ -401,96 +347,92 @@ func TestOldSnapshot(t *testing.T) {
 // read from PostgreSQL.
 func TestNewRedisSettles(t *testing.T) {
 	twice(t, "restarted", func(t *testing.T, restarted bool) {
-		be := newBench(t)
-		others := []*testServer{be.b}
-		commit, end := be.heldWrite(be.a, 1)
+		a, b := startTwo(t)
+		others := []*testServer{b}
+		commit, end := a.heldWrite(1)
 		began := time.Now()
 		if restarted {
-			be.redis.restart()
-			others = append(others, startReplica(t, be.cfg))
+			a.redis.restart()
+			others = append(others, startReplica(t, a.cfg))
 		} else {
-			r, _ := startRedis(t, be.cfg)
-			be.proxy.lead("127.0.0.1:" + r.port)
+			r, _ := startRedis(t, a.cfg)
+			a.proxy.lead("127.0.0.1:" + r.port)
 		}
 		for time.Since(began) < sendTimeout+statementTimeout-time.Second { // nearly as late as a writer may commit
 			for _, s := range others {
-				be.read(s, 0, miss, bypass)
+				s.readStock(0, miss, bypass)
 			}
 		}
 		commit()
-		for _, s := range append(others, be.a) {
-			be.read(s, 1)
+		for _, s := range append(others, a) {
+			s.readStock(1)
 		}
 		end()
 		for _, s := range others {
-			be.awaitHit(s, 1)
+			s.awaitStock(1)
 		}
 		took := time.Since(began)
 		expect(t, took >= settleTime && took <= settleTime+2*time.Second, "the cache was in use again after %v", took)
 	})
 }
 
-// One replica cannot reach Redis and writes; the other can, and holds the old body.
+// One replica cannot reach Redis and writes; the others can, and hold the old body.
 func TestWriteWithoutRedis(t *testing.T) {
-	be := newBench(t)
-	be.read(be.b, 0)
-	unreachable := be.cfg
+	a, b := startTwo(t)
+	b.readStock(0)
+	unreachable := a.cfg
 	unreachable.redisPort = "1"
 	c := startReplica(t, unreachable)
 	for stock := 1; stock <= 20; stock++ {
-		be.write(c, setStock(stock))
-		// The notification was sent before the write returned; what is left is its way to the other replica.
-		be.awaitSeen(stock)
-		be.read(be.b, stock)
+		c.write(setStock(stock))
+		// The notification was sent before the write returned; what is left is its way to the other replicas.
+		a.awaitText(productPath, stockIs(stock))
+		b.awaitText(productPath, stockIs(stock))
+		b.readStock(stock)
 	}
-	be.read(c, 20, bypass)
+	c.readStock(20, bypass)
 }
 
-// Redis is out of reach for a while in which others write, and forgets nothing.
+// Redis is out of reach, or silent, for a while in which a replica writes. It forgets nothing. A silent one later
+// executes the commands that it received meanwhile. The mark that was never removed keeps the writer's keys empty until
+// it expires. Other keys are filled.
 func TestUnreachableRedisUnderWriter(t *testing.T) {
-	be := newBench(t)
-	be.awaitHit(be.a, 0)
-	be.proxy.lead("")
-	be.write(be.b, setStock(1))
-	be.awaitSeen(1)
-	be.proxy.lead(be.proxy.target)
-	be.awaitHit(be.a, 1)
-	be.awaitHit(be.b, 1)
-}
-
-// Redis stops answering under a writer, and later executes the commands that it received meanwhile. The mark that was
-// never removed keeps the writer's keys empty until it expires. Other keys are filled.
-func TestSilentRedisUnderWriter(t *testing.T) {
-	be := newBench(t)
-	other := be.a.create(`{"name":"other","price":1}`)
-	be.awaitHit(be.a, 0)
-	be.redis.signal(syscall.SIGSTOP)
-	be.write(be.a, setStock(1))
-	be.read(be.a, 1)
-	be.redis.signal(syscall.SIGCONT)
-	within(t, be.a.awaitHit(other), 2*time.Second, "the return of the cache")
-	be.read(be.b, 1)
-	be.awaitHit(be.a, 1)
-	be.read(be.b, 1)
+	twice(t, "silent", func(t *testing.T, silent bool) {
+		a, b := startTwo(t)
+		other := a.create(`{"name":"other","price":1}`)
+		a.awaitStock(0)
+		leave, comeBack := func() { a.proxy.lead("") }, func() { a.proxy.lead(a.proxy.target) }
+		if silent {
+			leave, comeBack = func() { a.proxy.pause(true) }, func() { a.proxy.pause(false) }
+		}
+		leave()
+		b.write(setStock(1))
+		a.readStock(1)
+		b.readStock(1)
+		comeBack()
+		within(t, a.awaitHit(other, ""), 2*time.Second, "the return of the cache")
+		a.awaitStock(1)
+		b.awaitStock(1)
+	})
 }
 
 // Redis holds very many keys of others: the cache is used nevertheless, and to clear it is bounded and uses
 // no more connections.
 func TestManyKeysOfOthers(t *testing.T) {
-	be := newBench(t)
+	s := startAlone(t)
 	for i := range 300 { // so that Redis is never busy for as long as redisTimeout
-		be.redis.do("EVAL", `for i = 1, 1000 do redis.call('SET', 'other:' .. ARGV[1] .. ':' .. i, '') end`, 0, i)
+		s.redis.do("EVAL", `for i = 1, 1000 do redis.call('SET', 'other:' .. ARGV[1] .. ':' .. i, '') end`, 0, i)
 	}
-	be.a.cache.trust.distrust(errors.New("the test says so"))
-	within(t, be.awaitHit(be.a, 0), 5*time.Second, "the return of the cache")
+	s.cache.trust.distrust(errors.New("the test says so"))
+	within(t, s.awaitHit("/products", ""), 5*time.Second, "the return of the cache")
 	concurrently(20, func(int) {
-		a, err := be.a.send("DELETE", "/cache/clear", "")
+		a, err := s.send("DELETE", "/cache/clear", "")
 		expect(t, err == nil && (a.status == 200 || a.status == 503), "clearing: %d %v", a.status, err)
 		within(t, a.took, 6*time.Second, "clearing")
 	})()
-	clients := must(redis.String(be.redis.try("CLIENT LIST")))
-	expect(t, strings.Count(clients, "\n") <= 3, "more connections than the replicas' and this one:\n%s", clients)
-	size := be.redis.do("DBSIZE").(int64)
+	clients := must(redis.String(s.redis.try("CLIENT LIST")))
+	expect(t, strings.Count(clients, "\n") <= 2, "more connections than the service's and this one:\n%s", clients)
+	size := s.redis.do("DBSIZE").(int64)
 	expect(t, size >= 300_000, "%d keys are left", size)
 }
 
@@ -500,7 +442,7 @@ const listeners = `FROM pg_stat_activity WHERE datname = current_database() AND 
 // Another session changes a row: by a statement, by many rows at once, by TRUNCATE, and while the listeners lose their
 // connections, and the notification with them, and are back before anybody asks.
 func TestOtherSessions(t *testing.T) {
-	be := newBench(t)
+	a, b := startTwo(t)
 	const anew = `INSERT INTO products (id, name, price, stock) VALUES (1, 'a', 1, `
 	const cut = `SELECT pg_terminate_backend(pid) ` + listeners + `; UPDATE products SET stock = `
 	for i, change := range []string{
@@ -511,28 +453,29 @@ func TestOtherSessions(t *testing.T) {
 		`DELETE FROM products; ` + anew + `4)`,
 		cut + `5`, cut + `6`, cut + `7`,
 	} {
-		within(t, be.awaitHit(be.a, i)+be.awaitHit(be.b, i), 5*time.Second, "the return of the cache")
-		must(psql(t, be.cfg).Exec(change))
-		be.awaitSeen(i + 1)
+		within(t, a.awaitStock(i)+b.awaitStock(i), 5*time.Second, "the return of the cache")
+		must(a.psql.Exec(change))
+		a.awaitText(productPath, stockIs(i+1))
+		b.awaitText(productPath, stockIs(i+1))
 	}
 	var deletions int
-	info := must(redis.String(be.redis.try("INFO commandstats")))
+	info := must(redis.String(a.redis.try("INFO commandstats")))
 	must(fmt.Sscanf(infoField(info, "cmdstat_unlink"), "calls=%d", &deletions))
 	expect(t, deletions <= 1000, "%d deletions: each replica must drop everything once for 10,000 changes", deletions)
 }
 
 // Another session changes a row while no replica can hear of it.
 func TestChangeWhileListenerIsCut(t *testing.T) {
-	be := newBench(t)
-	be.awaitHit(be.a, 0)
-	db := psql(t, be.cfg)
-	must(db.Exec(`UPDATE pg_database SET datallowconn = false WHERE datname = current_database()`)) // nobody reconnects
-	must(db.Exec(`SELECT pg_terminate_backend(pid) ` + listeners))
-	eventually(t, "trust has ended", func() bool { return !be.a.cache.Trusted() && !be.b.cache.Trusted() })
-	must(db.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))
-	must(db.Exec(`UPDATE pg_database SET datallowconn = true WHERE datname = current_database()`))
-	be.awaitHit(be.a, 1)
-	be.awaitHit(be.b, 1)
+	a, b := startTwo(t)
+	a.awaitStock(0)
+	const connections = `UPDATE pg_database SET datallowconn = %t WHERE datname = current_database()`
+	must(a.psql.Exec(fmt.Sprintf(connections, false))) // nobody reconnects
+	must(a.psql.Exec(`SELECT pg_terminate_backend(pid) ` + listeners))
+	eventually(t, "trust has ended", func() bool { return !a.cache.Trusted() && !b.cache.Trusted() })
+	must(a.psql.Exec(`UPDATE products SET stock = 1 WHERE id = 1`))
+	must(a.psql.Exec(fmt.Sprintf(connections, true)))
+	a.awaitStock(1)
+	b.awaitStock(1)
 }
 
 // A connection breaks in the middle of a batch of commands: those before were answered, and only the others fail.

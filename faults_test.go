@@ -49,21 +49,21 @@ func TestRedisFails(t *testing.T) {
 	r := s.redis
 	back := func(limit time.Duration) {
 		t.Helper()
-		within(t, s.awaitHit("/products"), limit, "the return of the cache")
+		within(t, s.awaitHit("/products", ""), limit, "the return of the cache")
 		s.wantHealth(200, "healthy", "connected", "connected")
 		s.want(200, "DELETE", "/cache/clear", "")
 	}
 	gone := func() {
 		t.Helper()
 		s.wantHealth(200, "degraded", "connected", "disconnected")
-		s.wantSource(bypass, "/products")
+		s.read("/products", "", bypass)
 		s.want(503, "DELETE", "/cache/clear", "")
 	}
 	back(2 * time.Second)
 
 	r.do("CONFIG SET maxmemory 1")
 	s.everything()
-	s.wantSource(bypass, "/products")
+	s.read("/products", "", bypass)
 	r.do("CONFIG SET maxmemory 0")
 	back(2 * time.Second)
 
@@ -98,8 +98,8 @@ func TestSnapshotFails(t *testing.T) {
 		return bytes.Contains(s.redis.do("INFO persistence").([]byte), []byte("rdb_last_bgsave_status:err"))
 	})
 	s.everything()
-	s.wantSource(miss, "/products")
-	s.wantSource(hit, "/products")
+	s.read("/products", "", miss)
+	s.read("/products", "", hit)
 }
 
 // wantBypass gives the service time to win trust in a Redis, and checks that everything works without it.
@@ -107,7 +107,7 @@ func (s *testServer) wantBypass() {
 	for range 3 {
 		time.Sleep(2 * heartbeat)
 		within(s.t, s.everything(), 2*time.Second, "a request")
-		s.wantSource(bypass, "/products")
+		s.read("/products", "", bypass)
 	}
 }
 
@@ -131,7 +131,7 @@ func TestRedisUnfit(t *testing.T) {
 			s.wantBypass()
 			if mended != "" {
 				r.do(mended)
-				s.awaitHit("/products")
+				s.awaitHit("/products", "")
 			}
 		})
 	}
@@ -152,7 +152,7 @@ func TestPostgresFails(t *testing.T) {
 	_, cfg := ownServers(t)
 	s := startServer(t, cfg)
 	path := s.create(`{"name":"a","price":1}`)
-	s.awaitHit(path)
+	s.awaitHit(path, "")
 
 	t.Cleanup(startPostgres) // also if the test fails before that
 	stopPostgres()
@@ -165,10 +165,10 @@ func TestPostgresFails(t *testing.T) {
 	startPostgres()
 	back := time.Now()
 	eventually(t, "a write works", func() bool { return must(s.send("PUT", path, `{"stock":2}`)).status == 200 })
-	s.awaitHit(path)
+	s.awaitHit(path, "")
 	within(t, time.Since(back), 2*time.Second, "the return")
 	s.wantHealth(200, "healthy", "connected", "connected")
-	s.want(200, "GET", path, "").contains(`"stock":2`)
+	s.read(path, `"stock":2`)
 }
 
 // TestPostgresSilent has a PostgreSQL that accepts connections and does not answer, since the start of the service or
@@ -181,7 +181,7 @@ func TestPostgresSilent(t *testing.T) {
 		proxy.pause(sinceStart)
 		s := startReplica(t, cfg)
 		if !sinceStart {
-			s.awaitHit("/products")
+			s.awaitHit("/products", "")
 			s.everything()
 			proxy.pause(true)
 		}
@@ -194,7 +194,7 @@ func TestPostgresSilent(t *testing.T) {
 			path = must(s.send("POST", "/products", `{"name":"b","price":1}`)).header.Get("Location")
 			return path != ""
 		})
-		s.awaitHit(path)
+		s.awaitHit(path, "")
 		// What was never acknowledged may have happened, but not twice.
 		more := ask[int](db, `SELECT count(*) - count(DISTINCT name) FROM products WHERE name LIKE 'silent%'`)
 		equal(t, "products that were created twice", more, 0)
@@ -262,7 +262,7 @@ func TestLockedRow(t *testing.T) {
 	tx := lock(s.psql, `SELECT FROM products FOR UPDATE`)
 	within(t, s.want(503, "PUT", path, `{"stock":5}`).took, 6*time.Second, "the change of a locked row")
 	check(tx.Commit())
-	s.want(200, "GET", path, "").contains(`"stock":0`)
+	s.read(path, `"stock":0`)
 
 	tx = lock(s.psql, `SELECT FROM products FOR UPDATE`)
 	var changed product
@@ -274,7 +274,7 @@ func TestLockedRow(t *testing.T) {
 	check(tx.Commit())
 	wait()
 	expect(t, !changed.UpdatedAt.Before(first), "updated at %v, after an update at %v", changed.UpdatedAt, first)
-	s.want(200, "GET", path, "").contains(`"stock":6`)
+	s.read(path, `"stock":6`)
 }
 
 // awaitLocks waits until so many statements wait for a lock.
@@ -297,10 +297,10 @@ func TestServersMissingAtStart(t *testing.T) {
 	p.want(503, "GET", "/products", "")
 	must(db.Exec("CREATE DATABASE " + cfg.postgresDB))
 	p.wantHealth(200, "degraded", "connected", "disconnected")
-	p.wantSource(bypass, "/products")
+	p.read("/products", "", bypass)
 	r.launch()
 	p.wantHealth(200, "healthy", "connected", "connected")
-	p.awaitHit("/products")
+	p.awaitHit("/products", "")
 
 	wantExit(t, 0, "", p.path, p.env, "health")
 	p.kill()

@@ -139,8 +139,9 @@ type testServer struct {
 	t         testing.TB
 	url       string
 	stopCache func()       // ends cache.Run
-	redis     *redisServer // of a server that startAlone has started, as the next one
+	redis     *redisServer // of a server that startAlone or startTwo has started, as the next two
 	psql      *sql.DB
+	proxy     *proxy // of startTwo: before Redis
 }
 
 // alone returns a configuration with a database and a Redis of the test's own, so that it may run beside others.
@@ -335,18 +336,31 @@ func (s *testServer) create(body string) (path string) {
 	return s.want(201, "POST", "/products", body).header.Get("Location")
 }
 
-// wantSource checks the Cache-Status of a read, and returns the body.
-func (s *testServer) wantSource(from source, path string) string {
+// read wants a body that contains a text, from one of the sources if any are named.
+func (s *testServer) read(path, text string, sources ...source) answer {
 	s.t.Helper()
 	a := s.want(200, "GET", path, "")
-	equal(s.t, "Cache-Status of "+path, a.source(), from)
-	return a.body
+	a.contains(text)
+	ok := len(sources) == 0 || slices.Contains(sources, a.source())
+	expect(s.t, ok, "%s: got %q, want one of %q", path, a.source(), sources)
+	return a
 }
 
-// awaitHit waits until the cache answers a read, and returns how long that took.
-func (s *testServer) awaitHit(path string) time.Duration {
+// awaitHit reads until the cache answers, and returns how long that took. Each answer must contain the text. So errors
+// are allowed only if it is empty.
+func (s *testServer) awaitHit(path, text string) time.Duration {
 	s.t.Helper()
-	return eventually(s.t, "a hit of "+path, func() bool { return must(s.send("GET", path, "")).source() == hit })
+	return eventually(s.t, "a hit of "+path, func() bool {
+		a := must(s.send("GET", path, ""))
+		a.contains(text)
+		return a.source() == hit || s.t.Failed()
+	})
+}
+
+// awaitText reads until the answer contains a text, and returns how long that took.
+func (s *testServer) awaitText(path, text string) time.Duration {
+	s.t.Helper()
+	return eventually(s.t, text, func() bool { return strings.Contains(must(s.send("GET", path, "")).body, text) })
 }
 
 // A child is a process that a test starts, in the tests' environment with what is added to it. It is the service where

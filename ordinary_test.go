@@ -16,13 +16,9 @@ import (
 // rightWithin reads a path until it says a text, and fails the test if that takes longer than a limit. From then on
 // every read must say it, also when the cache answers again.
 func (s *testServer) rightWithin(limit time.Duration, path, says string) {
-	took := eventually(s.t, says, func() bool { return strings.Contains(must(s.send("GET", path, "")).body, says) })
-	within(s.t, took, limit, "the right answer")
-	eventually(s.t, "a hit", func() bool {
-		a := s.want(200, "GET", path, "")
-		a.contains(says)
-		return a.source() == hit
-	})
+	s.t.Helper()
+	within(s.t, s.awaitText(path, says), limit, "the right answer")
+	s.awaitHit(path, says)
 }
 
 // TestBehindTheTrigger changes rows in ways that the trigger does not report.
@@ -44,8 +40,8 @@ func TestBehindTheTrigger(t *testing.T) {
 			path := s.create(`{"name":"a","price":1,"stock":7}`)
 			dump := psqlDump(s.cfg)
 			s.want(200, "PUT", path, `{"stock":1}`)
-			s.awaitHit(path)
-			s.awaitHit("/products")
+			s.awaitHit(path, "")
+			s.awaitHit("/products", "")
 			if name == "dump" {
 				pgTool(s.cfg, dump, "psql", "-v", "ON_ERROR_STOP=1")
 			} else {
@@ -65,12 +61,12 @@ func TestBehindTheTrigger(t *testing.T) {
 func TestDroppedTable(t *testing.T) {
 	s := startAlone(t)
 	s.create(`{"name":"a","price":1}`)
-	s.awaitHit("/products")
+	s.awaitHit("/products", "")
 	must(s.psql.Exec(`DROP TABLE products`))
 	s.rightWithin(2*time.Second, "/products", `"count":0`)
 	s.wantHealth(200, "healthy", "connected", "connected")
 	s.create(`{"name":"b","price":1}`)
-	s.awaitHit("/products")
+	s.awaitHit("/products", "")
 	admin := psql(t, testConfig())
 	must(admin.Exec(`DROP DATABASE ` + s.cfg.postgresDB + ` WITH (FORCE)`))
 	s.wantHealth(503, "unhealthy", "disconnected", "connected")
@@ -92,7 +88,7 @@ func TestSchemaTakesTime(t *testing.T) {
 	awaitLocks(t, db, 1)
 	awaitLocks(t, db, 0) // the schema has given up
 	check(tx.Rollback())
-	s.awaitHit("/products")
+	s.awaitHit("/products", "")
 	equal(t, "constraints", ask[int](db, constraints), 1)
 
 	must(db.Exec(`CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(3); END $$;
@@ -111,7 +107,7 @@ func TestRoleWithoutPrivileges(t *testing.T) {
 	cfg.postgresUser, cfg.postgresPassword = role, "secret"
 	limited := startServer(t, cfg)
 	limited.create(`{"name":"a","price":1}`)
-	limited.awaitHit("/products")
+	limited.awaitHit("/products", "")
 }
 
 // TestTakenIDs imports rows with ids of their own: creations succeed at once, also many at a time.
@@ -146,7 +142,7 @@ func useAfter(t *testing.T, rounds int, changes ...string) {
 			s.want(201, "POST", "/products", `{"name":"b","price":1}`)
 			s.want(200, "GET", "/products?limit=1", "")
 		}
-		within(t, s.awaitHit(path), 2*time.Second, "the return of the cache")
+		within(t, s.awaitHit(path, ""), 2*time.Second, "the return of the cache")
 	}
 }
 
@@ -174,7 +170,7 @@ func TestUnspeakableDates(t *testing.T) {
 		INSERT INTO products (name, price, created_at, updated_at)
 		VALUES ('a', 1, 'infinity', '-infinity'), ('b', 1, '10001-01-01', '0044-03-15 BC')`))
 	s := startServer(t, cfg)
-	s.want(200, "GET", "/products", "").contains(`"count":2`)
+	s.read("/products", `"count":2`)
 	for _, change := range []string{"updated_at = 'infinity'", "created_at = '10001-01-01'", "price = 'NaN'"} {
 		_, err := db.Exec("UPDATE products SET " + change)
 		expect(t, strings.Contains(fmt.Sprint(err), "(23514)"), "%s: %v", change, err)
@@ -225,7 +221,7 @@ func TestPgBouncer(t *testing.T) {
 		_, direct := alone(t)
 		s := startServer(t, startPgBouncer(t, direct, "pool_mode = session"))
 		path := s.create(`{"name":"a","price":1}`)
-		s.awaitHit(path)
+		s.awaitHit(path, "")
 		db := psql(t, direct)
 		must(db.Exec(`UPDATE products SET stock = 2`))
 		s.rightWithin(2*time.Second, path, `"stock":2`)
@@ -249,8 +245,8 @@ func TestPgBouncer(t *testing.T) {
 				concurrently(20, func(int) { s.want(200, "GET", "/products?limit=1", "") })()
 				for stock := range 5 {
 					must(db.Exec(`UPDATE products SET stock = $1`, stock))
-					s.want(200, "GET", path, "").contains(fmt.Sprintf(`"stock":%d,`, stock))
-					s.wantSource(bypass, path)
+					s.read(path, fmt.Sprintf(`"stock":%d,`, stock))
+					s.read(path, "", bypass)
 				}
 				time.Sleep(heartbeat) // gives it the chance to win trust
 			}
@@ -271,22 +267,22 @@ func TestLargeCatalogue(t *testing.T) {
 		count += products
 	}
 	equal(t, "products", count, 5000)
-	s.awaitHit("/products")
+	s.awaitHit("/products", "")
 }
 
 // TestBodyDoesNotFit has a Redis without memory for the list: that is no reason to doubt what it holds.
 func TestBodyDoesNotFit(t *testing.T) {
 	s := startAlone(t)
 	must(s.db.Exec(insertLarge, 2000))
-	s.awaitHit("/products/1")
+	s.awaitHit("/products/1", "")
 	epoch := s.cache.trust.epoch.Load()
 	used := must(strconv.Atoi(infoField(string(s.redis.do("INFO memory").([]byte)), "used_memory")))
 	s.redis.do("CONFIG SET maxmemory", used+1<<20)
 	for range 5 {
-		s.want(200, "GET", "/products", "").contains(`"next":"/products?after=`)
+		s.read("/products", `"next":"/products?after=`)
 	}
 	s.redis.do("CONFIG SET maxmemory 0")
-	s.wantSource(hit, "/products/1")
+	s.read("/products/1", "", hit)
 	equal(t, "the epoch", s.cache.trust.epoch.Load(), epoch)
 }
 
@@ -300,9 +296,9 @@ func TestSlowRedis(t *testing.T) {
 	path := s.create(`{"name":"a","price":1}`)
 	for stock := range 3 {
 		s.want(200, "PUT", path, fmt.Sprintf(`{"stock":%d}`, stock))
-		s.want(200, "GET", path, "").contains(fmt.Sprintf(`"stock":%d,`, stock))
+		s.read(path, fmt.Sprintf(`"stock":%d,`, stock))
 	}
-	s.awaitHit(path)
+	s.awaitHit(path, "")
 }
 
 // TestBodies sends back what was read, with a change, and a body that is too large and never ends.

@@ -49,7 +49,7 @@ func FuzzDecode(f *testing.F) {
 // TestProducts goes through the life of a product, and through every endpoint that serves it.
 func TestProducts(t *testing.T) {
 	s := startAlone(t)
-	equal(t, "the empty list", s.wantSource(miss, "/products"), `{"count":0,"products":[]}`+"\n")
+	equal(t, "the empty list", s.read("/products", "", miss).body, `{"count":0,"products":[]}`+"\n")
 	const rest = `"stock":100,"category":"livros"`
 	a := s.want(201, "POST", "/products", `{"name":"  Café <1>  ","description":"d","price":99.9,`+rest+`}`)
 	path := a.header.Get("Location")
@@ -57,8 +57,8 @@ func TestProducts(t *testing.T) {
 	// Each kind of write makes the next read of the list a miss, and the one after it a hit with the same bytes.
 	read := func(path string) string {
 		t.Helper()
-		body := s.wantSource(miss, path)
-		equal(t, "a hit", s.wantSource(hit, path), body)
+		body := s.read(path, "", miss).body
+		equal(t, "a hit", s.read(path, "", hit).body, body)
 		return body
 	}
 	equal(t, "what was created", read(path), a.body)
@@ -73,7 +73,7 @@ func TestProducts(t *testing.T) {
 	s.want(404, "DELETE", path, "")
 	read("/products")
 	equal(t, "the clearing", s.want(200, "DELETE", "/cache/clear", "").body, `{"cleared":1}`+"\n")
-	s.wantSource(miss, "/products")
+	s.read("/products", "", miss)
 }
 
 // TestRefusals sends what must be refused, and checks each time that nothing was changed.
@@ -210,9 +210,9 @@ func TestInformation(t *testing.T) {
 	s := startAlone(t)
 	s.create(`{"name":"a","price":0.10,"stock":3,"category":"x"}`)
 	s.create(`{"name":"b","price":99999999.99,"stock":2147483647,"category":"y"}`)
-	s.wantSource(miss, "/products")
-	s.wantSource(hit, "/products")
-	s.wantSource(hit, "/products")
+	s.read("/products", "", miss)
+	s.read("/products", "", hit)
+	s.read("/products", "", hit)
 	const server = `\{"status":"connected","address":"127.0.0.1:\d+","version":"[\d.]+[^"]*","latency_ms":[\d.]+\}`
 	for path, want := range map[string]string{
 		"/": `^\{"name":"desafio3","version":"[^"]+","endpoints":\{.*"GET /products":"[^"]+"`,
