@@ -416,26 +416,6 @@ func TestUnreachableRedisUnderWriter(t *testing.T) {
 	})
 }
 
-// Redis holds very many keys of others: the cache is used nevertheless, and to clear it is bounded and uses
-// no more connections.
-func TestManyKeysOfOthers(t *testing.T) {
-	s := startAlone(t)
-	for i := range 300 { // so that Redis is never busy for as long as redisTimeout
-		s.redis.do("EVAL", `for i = 1, 1000 do redis.call('SET', 'other:' .. ARGV[1] .. ':' .. i, '') end`, 0, i)
-	}
-	s.cache.trust.distrust(errors.New("the test says so"))
-	within(t, s.awaitHit("/products", ""), 5*time.Second, "the return of the cache")
-	concurrently(20, func(int) {
-		a, err := s.send("DELETE", "/cache/clear", "")
-		expect(t, err == nil && (a.status == 200 || a.status == 503), "clearing: %d %v", a.status, err)
-		within(t, a.took, 6*time.Second, "clearing")
-	})()
-	clients := must(redis.String(s.redis.try("CLIENT LIST")))
-	expect(t, strings.Count(clients, "\n") <= 2, "more connections than the service's and this one:\n%s", clients)
-	size := s.redis.do("DBSIZE").(int64)
-	expect(t, size >= 300_000, "%d keys are left", size)
-}
-
 // listeners is a query for the processes that serve the replicas' listeners.
 const listeners = `FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'`
 

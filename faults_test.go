@@ -86,20 +86,51 @@ func TestRedisFails(t *testing.T) {
 	back(2 * time.Second)
 }
 
-// TestSnapshotFails has a Redis that cannot write its snapshot: its file is a directory. With this setting, which
-// docker-compose.yml and the scripts have, the cache stays in use.
-func TestSnapshotFails(t *testing.T) {
+// TestUnusualRedis has a Redis that is used all the same.
+func TestUnusualRedis(t *testing.T) {
 	s := startAlone(t)
+	must(s.db.Exec(insertLarge, 2000))
+	info := func(section, field string) string {
+		return infoField(string(s.redis.do("INFO", section).([]byte)), field)
+	}
+
+	// It has no memory for the list: that is no reason to doubt what it holds.
+	s.awaitHit("/products/1", "")
+	epoch := s.cache.trust.epoch.Load()
+	s.redis.do("CONFIG SET maxmemory", must(strconv.Atoi(info("memory", "used_memory")))+1<<20)
+	for range 5 {
+		s.read("/products", `"next":"/products?after=`)
+	}
+	s.redis.do("CONFIG SET maxmemory 0")
+	s.read("/products/1", "", hit)
+	equal(t, "the epoch", s.cache.trust.epoch.Load(), epoch)
+
+	// It cannot write its snapshot, whose file is a directory. With this setting, which docker-compose.yml and the scripts
+	// have, the cache stays in use.
 	check(os.Mkdir(filepath.Join(folder, s.redis.port), 0o700))
 	s.redis.do("CONFIG SET save", "3600 1")
 	s.redis.do("CONFIG SET stop-writes-on-bgsave-error no")
 	s.redis.do("BGSAVE")
-	eventually(t, "the snapshot has failed", func() bool {
-		return bytes.Contains(s.redis.do("INFO persistence").([]byte), []byte("rdb_last_bgsave_status:err"))
-	})
+	eventually(t, "the snapshot has failed", func() bool { return info("persistence", "rdb_last_bgsave_status") == "err" })
 	s.everything()
 	s.read("/products", "", miss)
 	s.read("/products", "", hit)
+
+	// It holds very many keys of others: to clear the cache is bounded and uses no more connections.
+	for i := range 300 { // so that Redis is never busy for as long as redisTimeout
+		s.redis.do("EVAL", `for i = 1, 1000 do redis.call('SET', 'other:' .. ARGV[1] .. ':' .. i, '') end`, 0, i)
+	}
+	s.cache.trust.distrust(errors.New("the test says so"))
+	within(t, s.awaitHit("/products", ""), 5*time.Second, "the return of the cache")
+	concurrently(20, func(int) {
+		a, err := s.send("DELETE", "/cache/clear", "")
+		expect(t, err == nil && (a.status == 200 || a.status == 503), "clearing: %d %v", a.status, err)
+		within(t, a.took, 6*time.Second, "clearing")
+	})()
+	clients := string(s.redis.do("CLIENT LIST").([]byte))
+	expect(t, strings.Count(clients, "\n") <= 2, "more connections than the service's and this one:\n%s", clients)
+	size := s.redis.do("DBSIZE").(int64)
+	expect(t, size >= 300_000, "%d keys are left", size)
 }
 
 // wantBypass gives the service time to win trust in a Redis, and checks that everything works without it.
@@ -254,27 +285,43 @@ func TestServerWithoutTLS(t *testing.T) {
 	wantAllUnavailable(t, s, 6*time.Second)
 }
 
-// TestLockedRow holds a row's lock in another session: the statement times out, and the cache is in use again. A
-// change that waits for the lock and gets it is younger than the one it waited for.
+// TestLockedRow changes a row that another session has locked. The statement times out, and the cache is in use again.
+// One that gets the lock is younger than the change it waited for. One that loses its connection may have been made:
+// the answer says so, and not when to come again.
 func TestLockedRow(t *testing.T) {
-	s := startAlone(t)
+	_, cfg := alone(t)
+	db := psql(t, cfg)
+	proxy := startProxy(t, &cfg.postgresPort, nil)
+	s := startServer(t, cfg)
 	path := s.create(`{"name":"a","price":1}`)
-	tx := lock(s.psql, `SELECT FROM products FOR UPDATE`)
+	const lockRow = `SELECT FROM products FOR UPDATE`
+	tx := lock(db, lockRow)
 	within(t, s.want(503, "PUT", path, `{"stock":5}`).took, 6*time.Second, "the change of a locked row")
 	check(tx.Commit())
-	s.read(path, `"stock":0`)
+	s.read(path, stockIs(0))
 
-	tx = lock(s.psql, `SELECT FROM products FOR UPDATE`)
+	tx = lock(db, lockRow)
 	var changed product
 	wait := concurrently(1, func(int) {
 		check(json.Unmarshal([]byte(s.want(200, "PUT", path, `{"stock":6}`).body), &changed))
 	})
-	awaitLocks(t, s.psql, 1)
+	awaitLocks(t, db, 1)
 	first := ask[time.Time](tx, `UPDATE products SET updated_at = clock_timestamp() RETURNING updated_at`)
 	check(tx.Commit())
 	wait()
 	expect(t, !changed.UpdatedAt.Before(first), "updated at %v, after an update at %v", changed.UpdatedAt, first)
-	s.read(path, `"stock":6`)
+	s.read(path, stockIs(6))
+
+	tx = lock(db, lockRow)
+	wait = concurrently(1, func(int) {
+		a := s.want(503, "PUT", path, `{"stock":7}`)
+		a.contains("may have been made")
+		equal(t, "Retry-After", a.header.Get("Retry-After"), "")
+	})
+	awaitLocks(t, db, 1)
+	proxy.lead(proxy.target)
+	wait()
+	check(tx.Commit())
 }
 
 // awaitLocks waits until so many statements wait for a lock.
@@ -302,7 +349,7 @@ func TestServersMissingAtStart(t *testing.T) {
 	p.wantHealth(200, "healthy", "connected", "connected")
 	p.awaitHit("/products", "")
 
-	wantExit(t, 0, "", p.path, p.env, "health")
+	wantExit(t, 0, "^200 OK\n$", p.path, append(p.env, "BIND_ADDRESS=0.0.0.0"), "health")
 	p.kill()
 	wantExit(t, 1, "connection refused", p.path, p.env, "health")
 }

@@ -404,12 +404,15 @@ type process struct {
 	log  *os.File
 }
 
-// startProcess starts a program on a free port. None may leave a data race or a panic in its log.
+// startProcess starts a program on a free port. Its environment also has what libpq and HTTP clients read: the service
+// ignores that. None may leave a data race or a panic in its log.
 func startProcess(t testing.TB, path string, cfg config, env ...string) *process {
 	port := freePort()
 	p := &process{testServer: &testServer{t: t, url: "http://127.0.0.1:" + port}, path: path}
 	p.env = append([]string{"PORT=" + port, "POSTGRES_SSLMODE=disable", "POSTGRES_PORT=" + cfg.postgresPort,
-		"POSTGRES_DB=" + cfg.postgresDB, "REDIS_PORT=" + cfg.redisPort}, env...)
+		"POSTGRES_DB=" + cfg.postgresDB, "REDIS_PORT=" + cfg.redisPort, "http_proxy=http://127.0.0.1:9",
+		"PGHOSTADDR=192.0.2.1", "PGSSLROOTCERT=system", "PGSSLMODE=verify-full", "PGSERVICE=none", "PGTZ=Asia/Tokyo",
+		"PGOPTIONS=-c search_path=none", "PGREQUIREAUTH=none", "PGTARGETSESSIONATTRS=standby"}, env...)
 	p.log = must(os.Create(filepath.Join(t.TempDir(), "web.log")))
 	t.Cleanup(func() {
 		p.kill()

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestUnitPaging sends queries that must be refused. Of several faults the service always reports the same one.
@@ -107,6 +108,11 @@ func TestRefusals(t *testing.T) {
 	refuse(400, "PUT", path, `{"name":null}`, "name")
 	refuse(400, "PUT", path, `{"category":"\u0000"}`, "NUL")
 	refuse(413, "POST", "/products", `{"name":"`+strings.Repeat("a", 1<<20)+`","price":1}`, "1 MiB")
+	began := time.Now()
+	conn := s.dial(postHeader + "Transfer-Encoding: chunked\r\n\r\n")
+	_, _ = fmt.Fprintf(conn, "%x\r\n%s", maxBody+2, strings.Repeat("a", maxBody+2)) // fails if the server has closed it
+	wantStatus(t, conn, 413)
+	within(t, time.Since(began), 3*time.Second, "the answer to a body that is too large and never ends")
 	refuse(415, "PUT", path, `{"stock":1}`, "Content-Encoding", "Content-Encoding", "gzip")
 	refuse(422, "POST", "/products", `{}`, `"price":"is required"`)
 	refuse(422, "PUT", path, `{}`, "no field")
@@ -140,9 +146,12 @@ func TestRefusals(t *testing.T) {
 	refuse(403, "POST", "/products", `{"name":"a","price":1}`, "another site", "Origin", "https://elsewhere.example")
 }
 
-// TestAccepted sends what is unusual but right.
+// TestAccepted sends what is unusual but right: what was read and then changed, for example.
 func TestAccepted(t *testing.T) {
 	s := startAlone(t)
+	path := s.create(`{"name":"a","price":1,"id":99,"created_at":"now"}`)
+	read := s.read(path, stockIs(0)).body
+	s.want(200, "PUT", path, strings.Replace(read, stockIs(0), stockIs(5), 1)).contains(stockIs(5))
 	accept := func(body, want string) {
 		t.Helper()
 		a := s.want(201, "POST", "/products", body)
@@ -188,7 +197,7 @@ func (s *testServer) walk(path string) (counts []int) {
 	return counts
 }
 
-// TestPages reads lists page by page, and must find every product once.
+// TestPages reads lists page by page, and must find every product once. The last list is larger than an answer may be.
 func TestPages(t *testing.T) {
 	s := startAlone(t)
 	must(s.db.Exec(`INSERT INTO products (name, price, category)
@@ -203,7 +212,17 @@ func TestPages(t *testing.T) {
 	} {
 		equal(t, path, fmt.Sprint(s.walk(path)), want)
 	}
+	must(s.db.Exec(insertLarge, 5000))
+	count := 0
+	for _, products := range s.walk("/products") {
+		count += products
+	}
+	equal(t, "products", count, 5025)
+	s.awaitHit("/products", "")
 }
+
+const insertLarge = `INSERT INTO products (name, price, description)
+	SELECT 'p' || n, n, repeat('x', 2000) FROM generate_series(1, $1::int) n`
 
 // TestInformation reads what the service says of itself and its servers: what a newcomer sees first, and the figures.
 func TestInformation(t *testing.T) {
