@@ -545,25 +545,23 @@ var makePostgres = sync.OnceFunc(func() {
 	startPostgres()
 })
 
-// startPostgres starts PostgreSQL, again if it runs, and returns when it answers. Only benchmarks wait for the disk.
+// startPostgres starts PostgreSQL, again if it runs, and returns when it answers. Its Unix socket is in the folder. Only
+// benchmarks wait for the disk.
 func startPostgres() {
 	benchmark := flag.Lookup("test.bench").Value.String() != ""
-	pgCtl(nil, "restart", "-m", "immediate", "-o", fmt.Sprintf("-h 127.0.0.1 -p %s -k '' -N 500 -c fsync=%t",
-		os.Getenv("POSTGRES_PORT"), benchmark))
+	pgCtl(nil, "restart", "-m", "immediate", "-o", fmt.Sprintf("-h 127.0.0.1 -p %s -k %s -N 500 -c fsync=%t",
+		os.Getenv("POSTGRES_PORT"), folder, benchmark))
 }
 
-// stopPostgres makes PostgreSQL crash. A test that does so must not run beside others.
-func stopPostgres() { pgCtl(nil, "stop", "-m", "immediate") }
-
-// pgCtl runs PostgreSQL's own command for that, with files that it keeps open.
+// pgCtl runs PostgreSQL's own command to make, start or stop it, with files that it keeps open. A test that stops
+// PostgreSQL must not run beside others.
 func pgCtl(open []*os.File, args ...string) {
-	path := filepath.Join(folder, "postgres.log")
-	log := must(os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)) // not a pipe: the server keeps it open
-	defer log.Close()
-	cmd := newChild(nil, program("pg_ctl"), append(args, "-D", filepath.Join(folder, "data"))...).unprivileged()
-	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = log, log, open
-	if err := cmd.Run(); err != nil {
-		panic(fmt.Sprintf("pg_ctl %v: %v\n%s", args, err, must(os.ReadFile(path))))
+	log := filepath.Join(folder, "postgres.log") // of the server
+	args = append(args, "-D", filepath.Join(folder, "data"), "-l", log)
+	cmd := newChild(nil, program("pg_ctl"), args...).unprivileged()
+	cmd.ExtraFiles = open
+	if out, err := cmd.CombinedOutput(); err != nil {
+		panic(fmt.Sprintf("pg_ctl %v: %v\n%s%s", args, err, out, must(os.ReadFile(log))))
 	}
 }
 

@@ -101,7 +101,8 @@ func TestOlderTable(t *testing.T) {
 	s.rightWithin(10*time.Second, "/products", `"count":0`)
 }
 
-// TestRoleWithoutPrivileges uses a database in which everything is there and nothing may be created.
+// TestRoleWithoutPrivileges uses a database in which everything is there and nothing may be created. It connects to the
+// Unix socket in a folder, as libpq does.
 func TestRoleWithoutPrivileges(t *testing.T) {
 	s := startAlone(t)
 	role := s.cfg.postgresDB + "_role"
@@ -109,7 +110,7 @@ func TestRoleWithoutPrivileges(t *testing.T) {
 		GRANT SELECT, INSERT, UPDATE, DELETE ON products TO %[1]s; GRANT ALL ON SEQUENCE products_id_seq TO %[1]s`, role)))
 	t.Cleanup(func() { must(s.psql.Exec(`DROP OWNED BY ` + role + `; DROP ROLE ` + role)) })
 	cfg := s.cfg
-	cfg.postgresUser, cfg.postgresPassword = role, "secret"
+	cfg.postgresHost, cfg.postgresUser, cfg.postgresPassword = folder, role, "secret"
 	limited := startServer(t, cfg)
 	limited.create(`{"name":"a","price":1}`)
 	limited.awaitHit("/products", "")

@@ -32,7 +32,7 @@ mutant() {
 
 mutant no-lease-check TestFillAfterCommit 's/\n[^\n]*~= token then return end//'
 mutant no-mark TestFillWhileWriting 's/\n[^\n]*redis\.call\(.ZADD.[^\n]*//'
-mutant no-deletion-before TestNeverBackInTime 's/(redis\.call\(.ZADD.[^\n]*)\n[^\n]*redis\.call\(.DEL.[^\n]*/$1/'
+mutant no-deletion-before TestFillWhileWriting 's/(redis\.call\(.ZADD.[^\n]*)\n[^\n]*redis\.call\(.DEL.[^\n]*/$1/'
 mutant no-deletion-after TestFillWhileWriting 's/(redis\.call\(.ZREM.[^\n]*)\n[^\n]*redis\.call\(.DEL.[^\n]*/$1/'
 mutant removes-all-marks TestOverlappingWriters 's/redis\.call\(.ZREM., (KEYS\[i \+ 1\]), ARGV\[1\]\)/redis.call("DEL", $1)/'
 mutant mark-of-a-second TestWriterDies 's/int\(markLife\.Seconds\(\)\)/1/'
