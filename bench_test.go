@@ -15,7 +15,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -149,7 +148,7 @@ func processorTime(pid int) float64 {
 
 // buildService builds the service as the Dockerfile does, and returns the path.
 func buildService(b *testing.B) string {
-	path := filepath.Join(b.TempDir(), "service")
+	path := b.TempDir() + "/service"
 	cmd := exec.Command("go", "build", "-trimpath", "-tags", "nethttpomithttp2", "-ldflags", "-s -w", "-o", path, ".")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	cmd.Stderr = os.Stderr
@@ -248,20 +247,18 @@ func textbook() http.Handler {
 // scenarios are what is measured with a catalogue of so many products.
 func scenarios(products int) []scenario {
 	count := min(products, 1000)
-	ids, updates := requests("GET", "/products/ID", count), requests("PUT", "/products/ID", count)
-	list := requests("GET", "/products", 1)
-	page := requests("GET", fmt.Sprintf("/products?limit=20&after=%d", products/2), 1)
+	ids, list := requests("GET", "/products/ID", count), requests("GET", "/products", 1)
 	all := []scenario{
 		{"cached product", ids, true, false},
 		{"cached list", list, true, false},
-		{"page of 20, not cached", page, false, false},
+		{"page of 20, not cached", requests("GET", fmt.Sprintf("/products?limit=20&after=%d", products/2), 1), false, false},
+		{"product, Redis is emptied", ids, true, true},
+		{"list, Redis is emptied", list, true, true},
+		{"update", requests("PUT", "/products/ID", count), true, false},
+		{"creation", requests("POST", "/products", 1), false, false},
 	}
-	if products <= 1000 { // with more, a measurement would have only a few lists
-		all = append(all,
-			scenario{"product, Redis is emptied", ids, true, true},
-			scenario{"list, Redis is emptied", list, true, true},
-			scenario{"update", updates, true, false},
-			scenario{"creation", requests("POST", "/products", 1), false, false})
+	if products > 1000 {
+		return all[:3] // of the others, a measurement would have only a few lists
 	}
 	return all
 }

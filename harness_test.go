@@ -199,11 +199,10 @@ func startServer(t testing.TB, cfg config) *testServer {
 func startReplica(t testing.TB, cfg config) *testServer {
 	s := newServer(cfg)
 	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() { s.cache.Run(ctx) })
+	wait := concurrently(1, func(int) { s.cache.Run(ctx) })
 	stop := func() {
 		cancel()
-		running.Wait() // a heartbeat that has begun may still use Redis
+		wait() // a heartbeat that has begun may still use Redis
 	}
 	web := httptest.NewServer(s.handler())
 	t.Cleanup(func() { web.Close(); stop(); s.close() })

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"database/sql"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -56,28 +58,10 @@ func TestBehindTheTrigger(t *testing.T) {
 	}
 }
 
-// TestDroppedTable takes the table, and then the whole database: the service makes the table again.
-func TestDroppedTable(t *testing.T) {
-	s := startAlone(t)
-	s.create(`{"name":"a","price":1}`)
-	s.awaitHit("/products", "")
-	must(s.psql.Exec(`DROP TABLE products`))
-	s.rightWithin(2*time.Second, "/products", `"count":0`)
-	s.wantHealth(200, "healthy", "connected", "connected")
-	s.create(`{"name":"b","price":1}`)
-	s.awaitHit("/products", "")
-	admin := psql(t, testConfig())
-	must(admin.Exec(`DROP DATABASE ` + s.cfg.postgresDB + ` WITH (FORCE)`))
-	s.wantHealth(503, "unhealthy", "disconnected", "connected")
-	must(admin.Exec(`CREATE DATABASE ` + s.cfg.postgresDB))
-	s.rightWithin(4*time.Second, "/products", `"count":0`)
-	s.create(`{"name":"c","price":1}`)
-}
-
-// TestOlderTable has a table of an older version, with dates that JSON cannot express, which is locked when the service
-// starts. The dates become the nearest that JSON has, and no new ones are taken. Later the schema takes longer to apply
-// than a statement may.
-func TestOlderTable(t *testing.T) {
+// TestSchema has a table of an older version, with dates that JSON cannot express, which is locked when the service
+// starts. The dates become the nearest that JSON has, and no new ones are taken. Then it takes the table, again while
+// the schema takes longer to apply than a statement may, and the whole database: the service makes the table again.
+func TestSchema(t *testing.T) {
 	_, cfg := alone(t)
 	db := psql(t, cfg)
 	must(db.Exec(schema + `; ALTER TABLE products DROP CONSTRAINT products_dates;
@@ -95,10 +79,24 @@ func TestOlderTable(t *testing.T) {
 		expect(t, strings.Contains(fmt.Sprint(err), "(23514)"), "%s: %v", change, err)
 	}
 	s.want(200, "PUT", "/products/1", `{"stock":1}`)
+	s.awaitHit("/products", "")
+
+	must(db.Exec(`DROP TABLE products`))
+	s.rightWithin(2*time.Second, "/products", `"count":0`)
+	s.wantHealth(200, "healthy", "connected", "connected")
+	s.create(`{"name":"b","price":1}`)
+	s.awaitHit("/products", "")
 
 	must(db.Exec(`CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(3); END $$;
 		CREATE EVENT TRIGGER slow ON ddl_command_end WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION slow(); DROP TABLE products`))
 	s.rightWithin(10*time.Second, "/products", `"count":0`)
+
+	admin := psql(t, testConfig())
+	must(admin.Exec(`DROP DATABASE ` + cfg.postgresDB + ` WITH (FORCE)`))
+	s.wantHealth(503, "unhealthy", "disconnected", "connected")
+	must(admin.Exec(`CREATE DATABASE ` + cfg.postgresDB))
+	s.rightWithin(4*time.Second, "/products", `"count":0`)
+	s.create(`{"name":"c","price":1}`)
 }
 
 // TestRoleWithoutPrivileges uses a database in which everything is there and nothing may be created. It connects to the
@@ -157,20 +155,64 @@ func TestOpenConnections(t *testing.T) {
 }
 
 // TestNotNow meets a database that cannot do it now: a 503 that says so, and when to come again.
+//
+// The second half changes a row that another session has locked. The statement times out, and the cache is in use
+// again. One that gets the lock is younger than the change it waited for. One that loses its connection may have been
+// made: the answer says so, and not when to come again.
 func TestNotNow(t *testing.T) {
-	s := startAlone(t)
+	_, cfg := alone(t)
+	db := psql(t, cfg)
+	proxy := startProxy(t, &cfg.postgresPort, nil)
+	s := startServer(t, cfg)
 	path := s.create(`{"name":"a","price":1}`)
 	for _, code := range []string{"25006", "55P03", "40001", "40P01", "53200", "57014"} {
-		must(s.psql.Exec(`CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+		must(db.Exec(`CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
 			BEGIN RAISE EXCEPTION USING ERRCODE = '` + code + `'; END $$;
 			CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON products FOR EACH ROW EXECUTE FUNCTION refuse()`))
 		equal(t, "Retry-After", s.want(503, "PUT", path, `{"stock":1}`).header.Get("Retry-After"), "1")
 	}
-	// A table that is locked is no reason for another replica.
-	must(s.psql.Exec(`DROP TRIGGER refuse ON products`))
-	tx := lock(s.psql, `LOCK TABLE products`)
-	s.wantHealth(200, "healthy", "connected", "connected")
+	must(db.Exec(`DROP TRIGGER refuse ON products`))
+	tx := lock(db, `LOCK TABLE products`)
+	s.wantHealth(200, "healthy", "connected", "connected") // another replica would not help
 	check(tx.Rollback())
+
+	const lockRow = `SELECT FROM products FOR UPDATE`
+	tx = lock(db, lockRow)
+	within(t, s.want(503, "PUT", path, `{"stock":5}`).took, 6*time.Second, "the change of a locked row")
+	check(tx.Commit())
+	s.read(path, stockIs(0))
+
+	tx = lock(db, lockRow)
+	var changed product
+	wait := concurrently(1, func(int) {
+		check(json.Unmarshal([]byte(s.want(200, "PUT", path, `{"stock":6}`).body), &changed))
+	})
+	awaitLocks(t, db, 1)
+	first := ask[time.Time](tx, `UPDATE products SET updated_at = clock_timestamp() RETURNING updated_at`)
+	check(tx.Commit())
+	wait()
+	expect(t, !changed.UpdatedAt.Before(first), "updated at %v, after an update at %v", changed.UpdatedAt, first)
+	s.read(path, stockIs(6))
+
+	tx = lock(db, lockRow)
+	wait = concurrently(1, func(int) {
+		a := s.want(503, "PUT", path, `{"stock":7}`)
+		a.contains("may have been made")
+		equal(t, "Retry-After", a.header.Get("Retry-After"), "")
+	})
+	awaitLocks(t, db, 1)
+	proxy.lead(proxy.target)
+	wait()
+	check(tx.Commit())
+}
+
+// awaitLocks waits until so many statements wait for a lock.
+func awaitLocks(t *testing.T, db *sql.DB, statements int) {
+	t.Helper()
+	eventually(t, fmt.Sprint("statements that wait for a lock: ", statements), func() bool {
+		return statements == ask[int](db, `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND wait_event_type = 'Lock'`)
+	})
 }
 
 // TestPgBouncer stands a pooler between. In session mode, as it is installed, the cache is used and statements end in
@@ -211,21 +253,6 @@ func TestPgBouncer(t *testing.T) {
 			equal(t, "trust", s.cache.Trusted(), false)
 		})
 	}
-}
-
-// TestSlowRedis has a Redis that takes 300 ms for an answer: slow, but right.
-func TestSlowRedis(t *testing.T) {
-	r, cfg := alone(t)
-	r.do("CONFIG SET requirepass secret")
-	cfg.redisPassword = "secret"
-	startProxy(t, &cfg.redisPort, func([]byte) { time.Sleep(150 * time.Millisecond) }) // each way
-	s := startServer(t, cfg)
-	path := s.create(`{"name":"a","price":1}`)
-	for stock := range 3 {
-		s.want(200, "PUT", path, fmt.Sprintf(`{"stock":%d}`, stock))
-		s.read(path, stockIs(stock))
-	}
-	s.awaitHit(path, "")
 }
 
 // psqlDump returns what pg_dump makes of a database, to be restored over it.
