@@ -110,8 +110,11 @@ func (m *result) measure(p *process, s scenario, seconds int) {
 
 func (m *result) perSecond() float64 { return float64(len(m.latencies)) / m.seconds }
 
-// cells returns the result as a part of the table's line.
+// cells returns the result, if there is one, as a part of the table's line.
 func (m *result) cells(bare float64) string {
+	if m.latencies == nil {
+		return "|\t\t\t\t\t"
+	}
 	slices.Sort(m.latencies)
 	n := len(m.latencies)
 	ms := func(i int) float64 { return m.latencies[i].Seconds() * 1e3 }
@@ -157,16 +160,15 @@ func buildService(b *testing.B) string {
 }
 
 // catalogue makes a database with so many products, and a Redis.
-func catalogue(b *testing.B, products int) (*redisServer, config) {
-	r, cfg := ownServers(b)
-	db := psql(b, cfg)
-	must(db.Exec(schema))
-	must(db.Exec(`INSERT INTO products (name, description, price, stock, category)
+func catalogue(b *testing.B, products int) servers {
+	own := ownServers(b)
+	must(own.psql.Exec(schema))
+	must(own.psql.Exec(`INSERT INTO products (name, description, price, stock, category)
 		SELECT 'Product ' || n, 'A product like any other, with a description of a usual length.',
 		       n % 1000 + 0.99, n % 100, 'category ' || n % 10
 		FROM generate_series(1, $1::int) n`, products))
-	must(db.Exec("VACUUM ANALYZE products"))
-	return r, cfg
+	must(own.psql.Exec("VACUUM ANALYZE products"))
+	return own
 }
 
 // init makes this program a reference, where BenchmarkRequests has started it.
@@ -277,10 +279,10 @@ func BenchmarkRequests(b *testing.B) {
 	}
 	for _, products := range []int{8, 1000, 10_000, 100_000} {
 		b.Run(fmt.Sprintf("products=%d", products), func(b *testing.B) {
-			r, cfg := catalogue(b, products)
+			own := catalogue(b, products)
 			var programs []*process
 			for i, path := range paths {
-				programs = append(programs, startProcess(b, path, cfg, logLevel, "REFERENCE="+names[i]))
+				programs = append(programs, startProcess(b, path, own.config, logLevel, "REFERENCE="+names[i]))
 			}
 			for _, service := range programs[2:] {
 				service.awaitHit("/products/1", "")
@@ -288,7 +290,7 @@ func BenchmarkRequests(b *testing.B) {
 			for _, s := range scenarios(products) {
 				b.Run(s.name, func(b *testing.B) {
 					if s.emptied {
-						go emptyRedis(b, r)
+						go emptyRedis(b, own.redis)
 					}
 					cells := compare(b, programs, s, max(1, products/10_000))
 					table += fmt.Sprintf("\n%d\t%s\t%s", products, s.name, cells)
@@ -320,11 +322,7 @@ func compare(b *testing.B, programs []*process, s scenario, seconds int) (cells 
 		}
 	}
 	for _, m := range results {
-		if m.latencies == nil {
-			cells += "|\t\t\t\t\t"
-		} else {
-			cells += m.cells(results[0].perSecond())
-		}
+		cells += m.cells(results[0].perSecond())
 	}
 	return cells
 }

@@ -23,10 +23,9 @@ var productKeys = []string{keyAll, productKey(1)}
 
 // startTwo starts two replicas at one PostgreSQL and, behind a proxy, one Redis. The product has a stock of 0.
 func startTwo(t *testing.T) (a, b *testServer) {
-	r, cfg := alone(t)
-	proxy := startProxy(t, &cfg.redisPort, nil)
-	a, b = startServer(t, cfg), startServer(t, cfg)
-	a.redis, a.psql, a.proxy = r, psql(t, cfg), proxy
+	own := alone(t)
+	own.proxy = startProxy(t, &own.redisPort, nil)
+	a, b = startServer(t, own), startServer(t, own)
 	equal(t, "the product", a.create(`{"name":"a","price":1}`), productPath)
 	return a, b
 }
@@ -59,8 +58,7 @@ func (s *testServer) write(change func(context.Context, *sql.Conn) error) {
 	equal(s.t, "the writer's error", s.cache.Write(s.t.Context(), productKeys, change), nil)
 }
 
-// begin runs f in a goroutine until f calls here. Each call of what it returns lets f run to its next here, or to its
-// end.
+// begin runs f in a goroutine until f calls here. Each call of next lets f run until it calls here again, or ends.
 func begin(f func(here func())) (next func()) {
 	turns := make(chan bool)
 	pass := func() { // gives the turn to the other side, and waits until it is back
@@ -168,8 +166,7 @@ func TestWriteWithoutTrust(t *testing.T) {
 	for stock := 1; stock <= 2; stock++ {
 		a.awaitStock(stock - 1)
 		starting.write(func(ctx context.Context, conn *sql.Conn) error {
-			marks := a.redis.do("EXISTS", writersKey(keyAll), writersKey(productKey(1)))
-			equal(t, "the number of marks", marks, any(int64(2)))
+			equal(t, "marks", a.redis.do("EXISTS", writersKey(keyAll), writersKey(productKey(1))), any(int64(2)))
 			equal(t, "trust", starting.cache.Trusted(), false)
 			return setStock(stock)(ctx, conn)
 		})
@@ -216,17 +213,17 @@ func TestFailedWrites(t *testing.T) {
 
 // A process is paused after its announcement for longer than its statement may wait: it announces itself again.
 func TestPausedWriter(t *testing.T) {
-	_, cfg := alone(t)
+	own := alone(t)
 	var p *process
-	var announcements atomic.Int64
-	startProxy(t, &cfg.redisPort, func(chunk []byte) {
-		if bytes.Contains(chunk, []byte("ZADD")) && announcements.Add(1) == 2 {
+	var armed atomic.Bool
+	startProxy(t, &own.redisPort, func(chunk []byte) {
+		if bytes.Contains(chunk, []byte("ZADD")) && armed.CompareAndSwap(true, false) {
 			p.signal(syscall.SIGSTOP)
 			must(syscall.Wait4(p.Process.Pid, nil, syscall.WUNTRACED, nil)) // its threads do not all stop at once
 			time.AfterFunc(sendTimeout+100*time.Millisecond, func() { p.signal(syscall.SIGCONT) })
 		}
 	})
-	p = startProcess(t, os.Args[0], cfg)
+	p = startProcess(t, os.Args[0], own.config)
 	p.awaitHit("/products", "")
 	path := p.create(`{"name":"a","price":1}`)
 	armed.Store(true)
@@ -302,10 +299,9 @@ func TestNewRedisSettles(t *testing.T) {
 		began := time.Now()
 		if restarted {
 			a.redis.restart()
-			others = append(others, startReplica(t, a.cfg))
+			others = append(others, startReplica(t, a.servers))
 		} else {
-			r, _ := startRedis(t, a.cfg)
-			a.proxy.lead("127.0.0.1:" + r.port)
+			a.proxy.lead("127.0.0.1:" + a.withNewRedis(t).redisPort)
 		}
 		for time.Since(began) < sendTimeout+statementTimeout-time.Second { // nearly as late as a writer may commit
 			for _, s := range others {
@@ -329,7 +325,7 @@ func TestNewRedisSettles(t *testing.T) {
 func TestWriteWithoutRedis(t *testing.T) {
 	a, b := startTwo(t)
 	b.readStock(0)
-	unreachable := a.cfg
+	unreachable := a.servers
 	unreachable.redisPort = "1"
 	c := startReplica(t, unreachable)
 	for stock := 1; stock <= 20; stock++ {
@@ -342,9 +338,9 @@ func TestWriteWithoutRedis(t *testing.T) {
 	c.readStock(20, bypass)
 }
 
-// Redis is out of reach, or silent, for a while in which a replica writes. It forgets nothing. A silent one later
-// executes the commands that it received meanwhile. The mark that was never removed keeps the writer's keys empty until
-// it expires. Other keys are filled.
+// Redis is unreachable, or unresponsive, for a while in which a replica writes. It forgets nothing. When it responds
+// again, it executes the commands that it received meanwhile. The mark that was never removed keeps the writer's keys
+// empty until it expires. Other keys are filled.
 func TestUnreachableRedisUnderWriter(t *testing.T) {
 	twice(t, "silent", func(t *testing.T, silent bool) {
 		a, b := startTwo(t)

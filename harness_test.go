@@ -133,37 +133,44 @@ func lock(db *sql.DB, statement string) *sql.Tx {
 	return tx
 }
 
+// servers are what a test has of its own: a database and a Redis.
+type servers struct {
+	config // of a service that uses them
+	redis  *redisServer
+	psql   *sql.DB
+	proxy  *proxy // of startTwo: before Redis
+}
+
 // A testServer is the service in this process, behind a real port.
 type testServer struct {
 	*server
+	servers
 	t         testing.TB
 	url       string
-	stopCache func()       // ends cache.Run
-	redis     *redisServer // of a server that startAlone or startTwo has started, as the next two
-	psql      *sql.DB
-	proxy     *proxy // of startTwo: before Redis
+	stopCache func() // ends cache.Run
 }
 
-// alone returns a configuration with a database and a Redis of the test's own, so that it may run beside others.
-func alone(t *testing.T) (*redisServer, config) {
+// alone returns servers of the test's own, so that it may run beside others.
+func alone(t *testing.T) servers {
 	t.Parallel()
 	return ownServers(t)
 }
 
 // ownServers does the same for a test that must not run beside others: one that stops PostgreSQL, for example. The
 // database is dropped when the test ends.
-func ownServers(t testing.TB) (*redisServer, config) {
+func ownServers(t testing.TB) servers {
 	reportStalls(t)
-	r, cfg := startRedis(t, testConfig())
-	admin := psql(t, cfg)
-	cfg.postgresDB = fmt.Sprintf("test_%d", databases.Add(1))
-	must(admin.Exec("CREATE DATABASE " + cfg.postgresDB))
-	t.Cleanup(func() { must(admin.Exec("DROP DATABASE " + cfg.postgresDB + " WITH (FORCE)")) })
-	return r, cfg
+	own := servers{config: testConfig()}.withNewRedis(t)
+	admin := psql(t, own.config)
+	own.postgresDB = fmt.Sprintf("test_%d", databases.Add(1))
+	must(admin.Exec("CREATE DATABASE " + own.postgresDB))
+	t.Cleanup(func() { must(admin.Exec("DROP DATABASE " + own.postgresDB + " WITH (FORCE)")) })
+	own.psql = psql(t, own.config)
+	return own
 }
 
-// reportStalls measures ticks of 10 ms. If the test fails, it logs how late the latest tick was. The machine gave the test
-// no processor for that long, so a missed time of the protocol may not be the service's fault.
+// reportStalls measures ticks of 10 ms. If the test fails, it logs how late the latest tick was. The machine gave the
+// test no processor for that long, so a missed time of the protocol may not be the service's fault.
 func reportStalls(t testing.TB) {
 	var longest atomic.Int64
 	go func() {
@@ -181,23 +188,18 @@ func reportStalls(t testing.TB) {
 }
 
 // startAlone starts the service for a test that may run beside others.
-func startAlone(t *testing.T) *testServer {
-	r, cfg := alone(t)
-	s := startServer(t, cfg)
-	s.redis, s.psql = r, psql(t, cfg)
-	return s
-}
+func startAlone(t *testing.T) *testServer { return startServer(t, alone(t)) }
 
 // startServer starts the service and waits until it is ready and trusts its cache.
-func startServer(t testing.TB, cfg config) *testServer {
-	s := startReplica(t, cfg)
+func startServer(t testing.TB, own servers) *testServer {
+	s := startReplica(t, own)
 	eventually(t, "the cache is trusted", s.cache.Trusted)
 	return s
 }
 
 // startReplica starts the service without waiting for anything.
-func startReplica(t testing.TB, cfg config) *testServer {
-	s := newServer(cfg)
+func startReplica(t testing.TB, own servers) *testServer {
+	s := newServer(own.config)
 	ctx, cancel := context.WithCancel(context.Background())
 	wait := concurrently(1, func(int) { s.cache.Run(ctx) })
 	stop := func() {
@@ -206,7 +208,7 @@ func startReplica(t testing.TB, cfg config) *testServer {
 	}
 	web := httptest.NewServer(s.handler())
 	t.Cleanup(func() { web.Close(); stop(); s.close() })
-	return &testServer{server: s, t: t, url: web.URL, stopCache: stop}
+	return &testServer{server: s, servers: own, t: t, url: web.URL, stopCache: stop}
 }
 
 // takePool takes every connection of the pool. What it returns gives them back.
@@ -335,7 +337,7 @@ func (s *testServer) create(body string) (path string) {
 	return s.want(201, "POST", "/products", body).header.Get("Location")
 }
 
-// read wants a body that contains a text, from one of the sources if any are named.
+// read fails the test unless the body of a path contains a text and, if sources are named, comes from one of them.
 func (s *testServer) read(path, text string, sources ...source) answer {
 	s.t.Helper()
 	a := s.want(200, "GET", path, "")
@@ -462,7 +464,6 @@ func freePort() string {
 // A redisServer is a Redis of a test's own, which it may kill, silence and bring back.
 type redisServer struct {
 	child
-	t    testing.TB
 	port string
 }
 
@@ -470,43 +471,32 @@ type redisServer struct {
 // and these have been when a test takes one.
 var stock = make(chan *redisServer, 12)
 
-func fillStock() {
-	for {
-		r := &redisServer{port: freePort()}
-		r.launch()
-		stock <- r
-	}
+// withNewRedis returns the same servers, but with another Redis, from the stock.
+func (own servers) withNewRedis(t testing.TB) servers {
+	own.redis = <-stock
+	own.redisPort = own.redis.port
+	t.Cleanup(func() { own.redis.kill() })
+	return own
 }
 
-// startRedis takes a Redis from the stock and returns a configuration that uses it.
-func startRedis(t testing.TB, cfg config) (*redisServer, config) {
-	r := <-stock
-	r.t = t
-	t.Cleanup(func() { r.kill() })
-	r.awaitAnswer()
-	cfg.redisPort = r.port
-	return r, cfg
-}
-
-// launch starts it, and does not wait for it.
+// launch starts it and waits until it answers, which it does not do while it loads a snapshot.
 func (r *redisServer) launch() {
 	r.child = newChild(nil, program("redis-server", "valkey-server"),
 		"--port", r.port, "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--dbfilename", r.port)
 	check(r.Start())
-}
-
-func (r *redisServer) awaitAnswer() {
-	eventually(r.t, "redis answers", func() bool {
-		_, err := r.try("PING") // an error while it loads a snapshot
-		return err == nil
-	})
+	for range 3000 {
+		if _, err := r.try("PING"); err == nil {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	panic("redis does not answer")
 }
 
 // restart kills it and starts it again, with what it saved last.
 func (r *redisServer) restart() {
 	r.kill()
 	r.launch()
-	r.awaitAnswer()
 }
 
 // do runs a command on a connection that the service does not know. Its words may be in one text.
@@ -532,10 +522,17 @@ func program(names ...string) string {
 	panic(strings.Join(names, " or ") + " is missing: install postgresql, redis and pgbouncer with apt-get or brew")
 }
 
-// makePostgres makes the tests' PostgreSQL, with a password, and starts it, if all servers are installed.
+// makePostgres makes the tests' PostgreSQL, with a password, and starts it, if all servers are installed. From then on
+// there is a stock of Redis servers.
 var makePostgres = sync.OnceFunc(func() {
 	program("pgbouncer")
-	go fillStock()
+	go func() {
+		for {
+			r := &redisServer{port: freePort()}
+			r.launch()
+			stock <- r
+		}
+	}()
 	password := filepath.Join(folder, "password")
 	check(os.WriteFile(password, []byte(os.Getenv("POSTGRES_PASSWORD")), 0o644))
 	// Killed halfway, this would leave shared memory behind. So the guard waits for its end, too.
@@ -544,8 +541,8 @@ var makePostgres = sync.OnceFunc(func() {
 	startPostgres()
 })
 
-// startPostgres starts PostgreSQL, again if it runs, and returns when it answers. Its Unix socket is in the folder. Only
-// benchmarks wait for the disk.
+// startPostgres starts PostgreSQL, again if it runs, and returns when it answers. Its Unix socket is in the folder.
+// Only benchmarks wait for the disk.
 func startPostgres() {
 	benchmark := flag.Lookup("test.bench").Value.String() != ""
 	pgCtl(nil, "restart", "-m", "immediate", "-o", fmt.Sprintf("-h 127.0.0.1 -p %s -k %s -N 500 -c fsync=%t",
@@ -564,9 +561,9 @@ func pgCtl(open []*os.File, args ...string) {
 	}
 }
 
-// startPgBouncer starts a PgBouncer before cfg's PostgreSQL, and returns cfg with its address. The settings are added
-// to those of Debian's package.
-func startPgBouncer(t testing.TB, cfg config, settings string) config {
+// behindPgBouncer returns the same servers, but with a PgBouncer between the service and PostgreSQL. The settings are
+// added to those of Debian's package.
+func (own servers) behindPgBouncer(t testing.TB, settings string) servers {
 	port := freePort()
 	file := filepath.Join(folder, "pgbouncer-"+port)
 	check(os.WriteFile(file, fmt.Appendf(nil, `[databases]
@@ -576,13 +573,13 @@ func startPgBouncer(t testing.TB, cfg config, settings string) config {
 		listen_port = %s
 		unix_socket_dir =
 		auth_type = any
-		%s`, cfg.postgresHost, cfg.postgresPort, cfg.postgresUser, cfg.postgresPassword, port, settings), 0o644))
+		%s`, own.postgresHost, own.postgresPort, own.postgresUser, own.postgresPassword, port, settings), 0o644))
 	c := newChild(nil, program("pgbouncer"), "-q", file).unprivileged()
 	c.Stderr = os.Stderr
 	check(c.Start())
 	t.Cleanup(c.kill)
-	cfg.postgresPort = port
-	return cfg
+	own.postgresPort = port
+	return own
 }
 
 // A proxy stands between the service and a server. It can let connections fall silent, which keeps what is sent until

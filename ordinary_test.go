@@ -59,42 +59,43 @@ func TestBehindTheTrigger(t *testing.T) {
 }
 
 // TestSchema has a table of an older version, with dates that JSON cannot express, which is locked when the service
-// starts. The dates become the nearest that JSON has, and no new ones are taken. Then it takes the table, again while
-// the schema takes longer to apply than a statement may, and the whole database: the service makes the table again.
+// starts. The dates become the nearest that JSON has, and no new ones are accepted. Then it drops the table. It
+// drops it again, with a schema that takes longer to apply than a statement may. At last it drops the database. The
+// service makes the table again each time.
 func TestSchema(t *testing.T) {
-	_, cfg := alone(t)
-	db := psql(t, cfg)
-	must(db.Exec(schema + `; ALTER TABLE products DROP CONSTRAINT products_dates;
+	own := alone(t)
+	must(own.psql.Exec(schema + `; ALTER TABLE products DROP CONSTRAINT products_dates;
 		INSERT INTO products (name, price, created_at, updated_at)
 		VALUES ('a', 1, 'infinity', '-infinity'), ('b', 1, '10001-01-01', '0044-03-15 BC')`))
-	tx := lock(db, `LOCK TABLE products`)
-	s := startReplica(t, cfg)
-	awaitLocks(t, db, 1)
-	awaitLocks(t, db, 0) // the schema has given up
+	tx := lock(own.psql, `LOCK TABLE products`)
+	s := startReplica(t, own)
+	awaitLocks(t, own.psql, 1)
+	awaitLocks(t, own.psql, 0) // the schema has given up
 	check(tx.Rollback())
-	s.awaitHit("/products", "")
-	s.read("/products", `"count":2`)
+	s.awaitText("/products", `"count":2`)
 	for _, change := range []string{"updated_at = 'infinity'", "created_at = '10001-01-01'", "price = 'NaN'"} {
-		_, err := db.Exec("UPDATE products SET " + change)
+		_, err := own.psql.Exec("UPDATE products SET " + change)
 		expect(t, strings.Contains(fmt.Sprint(err), "(23514)"), "%s: %v", change, err)
 	}
 	s.want(200, "PUT", "/products/1", `{"stock":1}`)
 	s.awaitHit("/products", "")
 
-	must(db.Exec(`DROP TABLE products`))
+	time.Sleep(applyInterval) // the schema has just been applied
+	must(own.psql.Exec(`DROP TABLE products`))
 	s.rightWithin(2*time.Second, "/products", `"count":0`)
 	s.wantHealth(200, "healthy", "connected", "connected")
 	s.create(`{"name":"b","price":1}`)
 	s.awaitHit("/products", "")
 
-	must(db.Exec(`CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(3); END $$;
-		CREATE EVENT TRIGGER slow ON ddl_command_end WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION slow(); DROP TABLE products`))
+	must(own.psql.Exec(`CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql
+		AS $$ BEGIN PERFORM pg_sleep(3); END $$; CREATE EVENT TRIGGER slow ON ddl_command_end
+		WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION slow(); DROP TABLE products`))
 	s.rightWithin(10*time.Second, "/products", `"count":0`)
 
 	admin := psql(t, testConfig())
-	must(admin.Exec(`DROP DATABASE ` + cfg.postgresDB + ` WITH (FORCE)`))
+	must(admin.Exec(`DROP DATABASE ` + own.postgresDB + ` WITH (FORCE)`))
 	s.wantHealth(503, "unhealthy", "disconnected", "connected")
-	must(admin.Exec(`CREATE DATABASE ` + cfg.postgresDB))
+	must(admin.Exec(`CREATE DATABASE ` + own.postgresDB))
 	s.rightWithin(4*time.Second, "/products", `"count":0`)
 	s.create(`{"name":"c","price":1}`)
 }
@@ -107,9 +108,9 @@ func TestRoleWithoutPrivileges(t *testing.T) {
 	must(s.psql.Exec(fmt.Sprintf(`CREATE ROLE %[1]s LOGIN PASSWORD 'secret'; REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 		GRANT SELECT, INSERT, UPDATE, DELETE ON products TO %[1]s; GRANT ALL ON SEQUENCE products_id_seq TO %[1]s`, role)))
 	t.Cleanup(func() { must(s.psql.Exec(`DROP OWNED BY ` + role + `; DROP ROLE ` + role)) })
-	cfg := s.cfg
-	cfg.postgresHost, cfg.postgresUser, cfg.postgresPassword = folder, role, "secret"
-	limited := startServer(t, cfg)
+	own := s.servers
+	own.postgresHost, own.postgresUser, own.postgresPassword = folder, role, "secret"
+	limited := startServer(t, own)
 	limited.create(`{"name":"a","price":1}`)
 	limited.awaitHit("/products", "")
 }
@@ -131,8 +132,8 @@ func TestTakenIDs(t *testing.T) {
 	equal(t, "rows", ask[int](s.psql, `SELECT count(*) FROM products`), 601+60)
 }
 
-// TestOpenConnections does things to the database while all connections of the pool are open and have prepared their
-// statements: no request notices. The connections die, again and again. The type of columns changes.
+// TestOpenConnections ends the pool's connections, and changes the types of columns, while all connections are open and
+// have prepared their statements. No request notices.
 func TestOpenConnections(t *testing.T) {
 	s := startAlone(t)
 	path := s.create(`{"name":"a","price":1}`)
@@ -156,51 +157,50 @@ func TestOpenConnections(t *testing.T) {
 
 // TestNotNow meets a database that cannot do it now: a 503 that says so, and when to come again.
 //
-// The second half changes a row that another session has locked. The statement times out, and the cache is in use
-// again. One that gets the lock is younger than the change it waited for. One that loses its connection may have been
-// made: the answer says so, and not when to come again.
+// The second half changes a row that another session has locked. The first statement times out, and nothing was
+// changed. The next one gets the lock, and its time is later than that of the change it waited for. The last one
+// loses its connection, so it may have been made: the answer says so, and does not say when to come again.
 func TestNotNow(t *testing.T) {
-	_, cfg := alone(t)
-	db := psql(t, cfg)
-	proxy := startProxy(t, &cfg.postgresPort, nil)
-	s := startServer(t, cfg)
+	own := alone(t)
+	proxy := startProxy(t, &own.postgresPort, nil)
+	s := startServer(t, own)
 	path := s.create(`{"name":"a","price":1}`)
 	for _, code := range []string{"25006", "55P03", "40001", "40P01", "53200", "57014"} {
-		must(db.Exec(`CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+		must(s.psql.Exec(`CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
 			BEGIN RAISE EXCEPTION USING ERRCODE = '` + code + `'; END $$;
 			CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON products FOR EACH ROW EXECUTE FUNCTION refuse()`))
 		equal(t, "Retry-After", s.want(503, "PUT", path, `{"stock":1}`).header.Get("Retry-After"), "1")
 	}
-	must(db.Exec(`DROP TRIGGER refuse ON products`))
-	tx := lock(db, `LOCK TABLE products`)
+	must(s.psql.Exec(`DROP TRIGGER refuse ON products`))
+	tx := lock(s.psql, `LOCK TABLE products`)
 	s.wantHealth(200, "healthy", "connected", "connected") // another replica would not help
 	check(tx.Rollback())
 
 	const lockRow = `SELECT FROM products FOR UPDATE`
-	tx = lock(db, lockRow)
+	tx = lock(s.psql, lockRow)
 	within(t, s.want(503, "PUT", path, `{"stock":5}`).took, 6*time.Second, "the change of a locked row")
 	check(tx.Commit())
 	s.read(path, stockIs(0))
 
-	tx = lock(db, lockRow)
+	tx = lock(s.psql, lockRow)
 	var changed product
 	wait := concurrently(1, func(int) {
 		check(json.Unmarshal([]byte(s.want(200, "PUT", path, `{"stock":6}`).body), &changed))
 	})
-	awaitLocks(t, db, 1)
+	awaitLocks(t, s.psql, 1)
 	first := ask[time.Time](tx, `UPDATE products SET updated_at = clock_timestamp() RETURNING updated_at`)
 	check(tx.Commit())
 	wait()
 	expect(t, !changed.UpdatedAt.Before(first), "updated at %v, after an update at %v", changed.UpdatedAt, first)
 	s.read(path, stockIs(6))
 
-	tx = lock(db, lockRow)
+	tx = lock(s.psql, lockRow)
 	wait = concurrently(1, func(int) {
 		a := s.want(503, "PUT", path, `{"stock":7}`)
 		a.contains("may have been made")
 		equal(t, "Retry-After", a.header.Get("Retry-After"), "")
 	})
-	awaitLocks(t, db, 1)
+	awaitLocks(t, s.psql, 1)
 	proxy.lead(proxy.target)
 	wait()
 	check(tx.Commit())
@@ -219,14 +219,12 @@ func awaitLocks(t *testing.T, db *sql.DB, statements int) {
 // time. In transaction mode nothing is stale, the cache is not used, and everything works.
 func TestPgBouncer(t *testing.T) {
 	t.Run("session", func(t *testing.T) {
-		_, direct := alone(t)
-		s := startServer(t, startPgBouncer(t, direct, "pool_mode = session"))
+		s := startServer(t, alone(t).behindPgBouncer(t, "pool_mode = session"))
 		path := s.create(`{"name":"a","price":1}`)
 		s.awaitHit(path, "")
-		db := psql(t, direct)
-		must(db.Exec(`UPDATE products SET stock = 2`))
+		must(s.psql.Exec(`UPDATE products SET stock = 2`))
 		s.rightWithin(2*time.Second, path, `"stock":2`)
-		tx := lock(db, `SELECT FROM products FOR UPDATE`)
+		tx := lock(s.psql, `SELECT FROM products FOR UPDATE`)
 		within(t, s.want(503, "PUT", path, `{"stock":3}`).took, 3*time.Second, "a change of a locked row")
 		check(tx.Rollback())
 		must(s.cache.heartbeatDB.Exec(`RESET statement_timeout`)) // as when a pooler serves it with another connection
@@ -234,18 +232,17 @@ func TestPgBouncer(t *testing.T) {
 	})
 	for _, timeout := range []int{0, 2000} { // with the one of the service, only its listener is deaf
 		t.Run(fmt.Sprint("transaction ", timeout), func(t *testing.T) {
-			_, direct := alone(t)
-			db := psql(t, direct)
-			must(db.Exec(fmt.Sprintf(`ALTER DATABASE %s SET statement_timeout = %d`, direct.postgresDB, timeout)))
+			own := alone(t)
+			must(own.psql.Exec(fmt.Sprintf(`ALTER DATABASE %s SET statement_timeout = %d`, own.postgresDB, timeout)))
 			settings := "pool_mode = transaction\nignore_startup_parameters = statement_timeout"
-			s := startReplica(t, startPgBouncer(t, direct, settings))
+			s := startReplica(t, own.behindPgBouncer(t, settings))
 			s.wantHealth(200, "degraded", "connected", "connected")
 			time.Sleep(settleTime) // until then its Redis keeps it from trust
 			for range 10 {
 				path := s.create(`{"name":"a","price":1}`)
 				concurrently(20, func(int) { s.want(200, "GET", "/products?limit=1", "") })()
 				for stock := range 5 {
-					must(db.Exec(`UPDATE products SET stock = $1`, stock))
+					must(s.psql.Exec(`UPDATE products SET stock = $1`, stock))
 					s.read(path, stockIs(stock), bypass)
 				}
 				time.Sleep(heartbeat) // gives it the chance to win trust

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"database/sql"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
@@ -56,13 +55,11 @@ type promise struct {
 	t        *testing.T // of the phase
 	replicas []*process // each reaches PostgreSQL and Redis only through proxies of its own
 	proxies  []*proxy   // these to Redis
-	psql     *sql.DB
-	redis    *redisServer
-	cfg      config
-	began    time.Time
-	history  *os.File
-	quiet    sync.RWMutex      // each request holds it to read, a fault that must meet no request to write
-	sent     [products + 1]int // by id, the version that its writer has sent
+	servers
+	began   time.Time
+	history *os.File
+	quiet   sync.RWMutex      // each request holds it to read, a fault that must meet no request to write
+	sent    [products + 1]int // by id, the version that its writer has sent
 
 	mu      sync.Mutex // guards what follows
 	known   []int      // by id, the version that was acknowledged or read: no read that begins later may return less
@@ -98,8 +95,7 @@ func (p *promise) stock(id int) int {
 }
 
 func newPromise(t *testing.T) *promise {
-	r, cfg := ownServers(t)
-	p := &promise{t: t, redis: r, cfg: cfg, psql: psql(t, cfg), began: time.Now(), known: []int{0, 1, 1, 1, 1, 1},
+	p := &promise{t: t, servers: ownServers(t), began: time.Now(), known: []int{0, 1, 1, 1, 1, 1},
 		sent: [...]int{0, 1, 1, 1, 1, 1}, figures: map[string]int{"errors": 0, "stale": 0, "lost": 0}}
 	p.history = must(os.Create(cmp.Or(os.Getenv("HISTORY"), t.TempDir()+"/history")))
 	t.Cleanup(func() { check(p.history.Close()) })
@@ -110,7 +106,7 @@ func newPromise(t *testing.T) *promise {
 		}
 	}
 	for range 3 {
-		own := cfg
+		own := p.config
 		startProxy(t, &own.postgresPort, delay)
 		p.proxies = append(p.proxies, startProxy(t, &own.redisPort, delay))
 		p.replicas = append(p.replicas, startProcess(t, os.Args[0], own, "LOG_LEVEL=warn"))
@@ -120,7 +116,7 @@ func newPromise(t *testing.T) *promise {
 		CREATE FUNCTION only_rises() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 		IF NEW.stock < OLD.stock THEN RAISE EXCEPTION 'stock would fall from % to %', OLD.stock, NEW.stock; END IF;
 		IF current_setting('application_name') LIKE 'desafio3%' THEN
-			PERFORM pg_sleep(CASE WHEN random() < 0.02 THEN random() * 1.2 WHEN random() < 0.5 THEN random() * 0.01 ELSE 0 END);
+			PERFORM pg_sleep(CASE WHEN random() < 0.01 THEN random() * 1.2 WHEN random() < 0.5 THEN random() * 0.01 ELSE 0 END);
 		END IF;
 		RETURN NEW; END $$;
 		CREATE TRIGGER only_rises BEFORE UPDATE ON products FOR EACH ROW EXECUTE FUNCTION only_rises();
@@ -268,7 +264,7 @@ func (p *promise) oldSnapshot() {
 
 // ordinaryLife restores a dump from before the latest writes and ends all idle connections: no request fails.
 func (p *promise) ordinaryLife() {
-	dump := psqlDump(p.cfg)
+	dump := psqlDump(p.config)
 	p.more("writes", 20)
 	errors := p.count("errors", 0)
 	p.restore(dump)
@@ -281,7 +277,7 @@ func (p *promise) restore(dump string) {
 	p.quiet.Lock()
 	defer p.quiet.Unlock()
 	begin := time.Since(p.began)
-	pgTool(p.cfg, dump, "psql", "-v", "ON_ERROR_STOP=1")
+	pgTool(p.config, dump, "psql", "-v", "ON_ERROR_STOP=1")
 	time.Sleep(time.Second)
 	for id := 1; id <= products; id++ {
 		p.known[id] = p.stock(id)
