@@ -116,7 +116,7 @@ func newPromise(t *testing.T) *promise {
 		CREATE FUNCTION only_rises() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 		IF NEW.stock < OLD.stock THEN RAISE EXCEPTION 'stock would fall from % to %', OLD.stock, NEW.stock; END IF;
 		IF current_setting('application_name') LIKE 'desafio3%' THEN
-			PERFORM pg_sleep(CASE WHEN random() < 0.01 THEN random() * 1.2 WHEN random() < 0.5 THEN random() * 0.01 ELSE 0 END);
+			PERFORM pg_sleep(CASE WHEN random() < 0.02 THEN random() * 1.2 WHEN random() < 0.5 THEN random() * 0.01 ELSE 0 END);
 		END IF;
 		RETURN NEW; END $$;
 		CREATE TRIGGER only_rises BEFORE UPDATE ON products FOR EACH ROW EXECUTE FUNCTION only_rises();

@@ -18,14 +18,16 @@ CREATE TABLE IF NOT EXISTS products (
     updated_at  timestamptz    NOT NULL DEFAULT now()
 );
 
--- For pages of one category, ordered by id. The primary key serves pages of all categories.
-CREATE INDEX IF NOT EXISTS products_category_id ON products (category, id);
-
 -- The triggers report changes by other sessions (psql, a migration), so that the service drops them from the cache. They
 -- skip the service's own writes, because NOTIFY makes commits wait for one another: a writer deletes its keys itself. A
 -- writer that cannot reach Redis uses another application_name, so that the trigger notifies the replicas that can.
 DO $$
 BEGIN
+    -- For pages of one category, ordered by id. The primary key serves pages of all categories. CREATE INDEX IF NOT EXISTS
+    -- would lock the table even if the index exists, so a service could not start while a writer is active.
+    IF to_regclass('products_category_id') IS NULL THEN
+        CREATE INDEX products_category_id ON products (category, id);
+    END IF;
     -- Keep an existing function: replicas would notice a replaced one, and drop their caches.
     IF to_regprocedure('products_notify()') IS NULL THEN
         CREATE FUNCTION products_notify() RETURNS trigger LANGUAGE plpgsql AS $function$
