@@ -234,8 +234,7 @@ func TestPgBouncer(t *testing.T) {
 		t.Run(fmt.Sprint("transaction ", timeout), func(t *testing.T) {
 			own := alone(t)
 			must(own.psql.Exec(fmt.Sprintf(`ALTER DATABASE %s SET statement_timeout = %d`, own.postgresDB, timeout)))
-			settings := "pool_mode = transaction\nignore_startup_parameters = statement_timeout"
-			s := startReplica(t, own.behindPgBouncer(t, settings))
+			s := startReplica(t, own.behindPgBouncer(t, "pool_mode = transaction"))
 			s.wantHealth(200, "degraded", "connected", "connected")
 			time.Sleep(settleTime) // until then its Redis keeps it from trust
 			for range 10 {
