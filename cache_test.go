@@ -6,10 +6,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -211,23 +208,20 @@ func TestFailedWrites(t *testing.T) {
 	a.readStock(1)
 }
 
-// A process is paused after its announcement for longer than its statement may wait: it announces itself again.
-func TestPausedWriter(t *testing.T) {
-	own := alone(t)
-	var p *process
-	var announcements atomic.Int64
-	startProxy(t, &own.redisPort, func(chunk []byte) {
-		if bytes.Contains(chunk, []byte("ZADD")) && announcements.Add(1) == 2 {
-			p.signal(syscall.SIGSTOP)
-			must(syscall.Wait4(p.Process.Pid, nil, syscall.WUNTRACED, nil)) // its threads do not all stop at once
-			time.AfterFunc(sendTimeout+100*time.Millisecond, func() { p.signal(syscall.SIGCONT) })
-		}
-	})
-	p = startProcess(t, os.Args[0], own.config)
-	p.awaitHit("/products", "")
-	path := p.create(`{"name":"a","price":1}`)
-	p.want(200, "PUT", path, `{"stock":1}`)
-	equal(t, "announcements of two changes", announcements.Load(), 3)
+// A writer gets its connection so late that its mark might expire before the commit: it announces itself again.
+func TestLateWriter(t *testing.T) {
+	s := startAlone(t)
+	path := s.create(`{"name":"a","price":1}`)
+	giveBack := s.takePool()
+	wait := concurrently(1, func(int) { s.want(200, "PUT", path, `{"stock":1}`) })
+	eventually(t, "the writer is announced", func() bool { return s.redis.do("EXISTS", writersKey(keyAll)) == int64(1) })
+	time.Sleep(sendTimeout)
+	giveBack()
+	wait()
+	var marks int // one for the creation, and two for each announcement of the change
+	info := must(redis.String(s.redis.try("INFO commandstats")))
+	must(fmt.Sscanf(infoField(info, "cmdstat_zadd"), "calls=%d", &marks))
+	equal(t, "marks that were set", marks, 1+2*2)
 }
 
 // lookup returns the product's newest lookup: the one that waits or, if none does, the one that runs.

@@ -37,7 +37,7 @@ mutant no-deletion-after TestFillWhileWriting 's/(redis\.call\(.ZREM.[^\n]*)\n[^
 mutant removes-all-marks TestOverlappingWriters 's/redis\.call\(.ZREM., (KEYS\[i \+ 1\]), ARGV\[1\]\)/redis.call("DEL", $1)/'
 mutant mark-of-a-second TestWriterDies 's/int\(markLife\.Seconds\(\)\)/1/'
 mutant unknown-is-refused TestFailedWrites 's/announced && !errors\.Is\(err, errOutcomeUnknown\)/announced/'
-mutant sends-too-late TestPausedWriter 's/time\.Now\(\)\.After\(sendBefore\)/sendBefore.IsZero()/'
+mutant sends-too-late TestLateWriter 's/time\.Now\(\)\.After\(sendBefore\)/sendBefore.IsZero()/'
 mutant singleflight TestJoinOnlyLaterLookups 's/idle \|\| l\.started/idle/'
 mutant answers-after-fill TestAnsweredBeforeFill 's/(\tl\.finish\(body, from, err\))[^\n]*\n(\tif token != ""(?s:.*?)\n\t\}\n)/$2$1\n/; s/token, l\.body/token, body/'
 mutant next-before-fill TestAnsweredBeforeFill 's/(\tif token != ""(?s:.*?)\n\t\}\n)\tc\.startNext\(key, l\)/\tc.startNext(key, l)\n$1/'
