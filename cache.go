@@ -841,14 +841,14 @@ func infoField(info, name string) string {
 	return value
 }
 
-// onAllKeys runs UNLINK or EXISTS on all of the cache's keys, about a thousand at a time, and returns how many it
-// counted. It uses SCAN because KEYS would block Redis, which may hold many keys of other programs. After the limit the
-// error is context.DeadlineExceeded.
+// onAllKeys runs UNLINK or EXISTS on all of the cache's keys, and returns how many it counted. It uses SCAN, about 5,000
+// keys at a time, because KEYS would block Redis, which may hold many keys of other programs. After the limit the error
+// is context.DeadlineExceeded.
 func (c *redisClient) onAllKeys(command string, limit time.Duration) (count int, err error) {
 	began := time.Now()
 	for cursor := "0"; ; {
 		var keys []any
-		reply, err := redis.Values(c.do("SCAN", cursor, "MATCH", keyPrefix+"*", "COUNT", 1000))
+		reply, err := redis.Values(c.do("SCAN", cursor, "MATCH", keyPrefix+"*", "COUNT", 5000))
 		if err == nil {
 			_, err = redis.Scan(reply, &cursor, &keys)
 		}
