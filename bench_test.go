@@ -204,9 +204,9 @@ func bareHandler() http.Handler {
 func textbook() http.Handler {
 	cfg := must(configure(os.Getenv))
 	db := must(sql.Open("postgres", dataSource(cfg)+" connect_timeout=10"))
-	db.SetMaxOpenConns(poolSize())
-	db.SetMaxIdleConns(poolSize())
-	pool := &redis.Pool{MaxActive: poolSize(), MaxIdle: poolSize(), Wait: true, Dial: func() (redis.Conn, error) {
+	db.SetMaxOpenConns(poolSize)
+	db.SetMaxIdleConns(poolSize)
+	pool := &redis.Pool{MaxActive: poolSize, MaxIdle: poolSize, Wait: true, Dial: func() (redis.Conn, error) {
 		return redis.Dial("tcp", net.JoinHostPort(cfg.redisHost, cfg.redisPort))
 	}}
 	row := func(r *http.Request, statement string, args ...any) ([]byte, error) {

@@ -214,7 +214,7 @@ func startReplica(t testing.TB, own servers) *testServer {
 // takePool takes every connection of the pool. What it returns gives them back.
 func (s *testServer) takePool() (giveBack func()) {
 	var conns []*sql.Conn
-	for range poolSize() {
+	for range poolSize {
 		conns = append(conns, must(s.db.Conn(s.t.Context())))
 	}
 	return func() {

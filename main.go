@@ -27,7 +27,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -200,7 +199,7 @@ type server struct {
 // newServer returns a server, which connects to PostgreSQL and Redis on demand. The caller must start cache.Run.
 func newServer(cfg config) *server {
 	mayPrepare := new(atomic.Bool)
-	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize(), mayPrepare, statements...)
+	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize, mayPrepare, statements...)
 	return &server{
 		cfg:          cfg,
 		db:           db,
@@ -413,6 +412,8 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 		slog.Warn("database unavailable, outcome unknown", "error", err)
 		p = problemf(http.StatusServiceUnavailable,
 			"database unavailable: the change may have been made; check before you repeat it")
+	case isConstraint(err):
+		p = problemf(http.StatusConflict, "a constraint in the database does not allow this change")
 	case unavailable(err):
 		slog.Warn("database unavailable", "error", err)
 		p = problemf(http.StatusServiceUnavailable, "database unavailable")
@@ -462,9 +463,10 @@ func newEncoder(w io.Writer) *json.Encoder {
 
 // ---------------------------------------------------------------- PostgreSQL
 
-// poolSize returns how many connections the pool may open: enough to keep the processors busy, and few enough for
-// several replicas to share one PostgreSQL.
-func poolSize() int { return 4 + 4*runtime.GOMAXPROCS(0) }
+// poolSize is how many connections the pool may open. With those of the heartbeat, of /health and of the listener, that
+// makes 15: PgBouncer's default of 20 suffices for one replica, and PostgreSQL's default of 100 for six. It does not grow
+// with the machine, because each connection may serve an answer of maxAnswer bytes, and memory does not grow either.
+const poolSize = 12
 
 // dataSource returns lib/pq's connection string. None of libpq's own settings apply: dataSource unsets the environment
 // variables PG… and SSLPG…, and disables the password file.
@@ -686,6 +688,13 @@ func classify(err error) error {
 		return fmt.Errorf("%w: %w", errUnchanged, err)
 	}
 	return err
+}
+
+// isConstraint reports whether a statement broke a constraint. The schema's own are checked before, so this is one that
+// the owner of the database added, such as a foreign key of another table.
+func isConstraint(err error) bool {
+	e := pq.As(err)
+	return e != nil && e.Code.Class() == pqerror.ClassIntegrityConstraintViolation
 }
 
 // unavailable reports whether the error of a statement means "not now", rather than that the statement is wrong.
