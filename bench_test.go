@@ -34,8 +34,8 @@ import (
 //   - A number says little without a reference, since it depends on the machine. So there are two beside it. A bare
 //     handler writes the same bytes from memory: nothing that is written with net/http can be faster. And the textbook
 //     is plain cache-aside with the same libraries: it shows what it costs that the cache is never stale.
-//   - The programs are measured in turn, round by round, and all rounds count. Whatever else the machine does then
-//     affects all of them, so their ratio is much steadier than the numbers.
+//   - The programs are measured round by round, each time in another order, and all rounds count. Whatever else the
+//     machine does then affects all of them, so their ratio is much steadier than the numbers.
 //   - The processor time for a request is steadier still: it hardly depends on what else the machine does.
 //   - The load runs for a moment before it counts, so that connections are open and the cache is filled.
 //   - A wrong answer ends the measurement: errors are often faster than answers.
@@ -310,12 +310,12 @@ func emptyRedis(b *testing.B, r *redisServer) {
 	}
 }
 
-// compare measures programs in turn, round by round, and returns their cells.
+// compare measures programs round by round, and returns their cells.
 func compare(b *testing.B, programs []*process, s scenario, seconds int) (cells string) {
 	results := make([]result, len(programs))
-	for round := 0; b.Loop(); round++ {
-		for i := range programs {
-			i = (i + round) % len(programs) // so that each is first in turn
+	for b.Loop() {
+		// In a fixed order, one would always follow the bare handler, which leaves the processors hot and the caches cold.
+		for _, i := range rand.Perm(len(programs)) {
 			if i != 1 || s.textbook {
 				results[i].measure(programs[i], s, seconds)
 			}
