@@ -412,8 +412,8 @@ func respondError(w http.ResponseWriter, r *http.Request, err error) {
 		slog.Warn("database unavailable, outcome unknown", "error", err)
 		p = problemf(http.StatusServiceUnavailable,
 			"database unavailable: the change may have been made; check before you repeat it")
-	case isConstraint(err):
-		p = problemf(http.StatusConflict, "a constraint in the database does not allow this change")
+	case isRefusal(err):
+		p = problemf(http.StatusConflict, "a rule in the database does not allow this change")
 	case unavailable(err):
 		slog.Warn("database unavailable", "error", err)
 		p = problemf(http.StatusServiceUnavailable, "database unavailable")
@@ -690,11 +690,11 @@ func classify(err error) error {
 	return err
 }
 
-// isConstraint reports whether a statement broke a constraint. The schema's own are checked before, so this is one that
-// the owner of the database added, such as a foreign key of another table.
-func isConstraint(err error) bool {
+// isRefusal reports whether a rule in the database does not allow a change: a constraint, or a trigger that raises an
+// exception. The schema's own rules are checked before, so the database's owner added this one, such as a foreign key.
+func isRefusal(err error) bool {
 	e := pq.As(err)
-	return e != nil && e.Code.Class() == pqerror.ClassIntegrityConstraintViolation
+	return e != nil && (e.Code.Class() == pqerror.ClassIntegrityConstraintViolation || e.Code == pqerror.RaiseException)
 }
 
 // unavailable reports whether the error of a statement means "not now", rather than that the statement is wrong.

@@ -155,7 +155,7 @@ func TestOpenConnections(t *testing.T) {
 	}
 }
 
-// TestNotNow meets a database that cannot do it now: a 503 that says so, and when to come again. A constraint that
+// TestNotNow meets a database that cannot do it now: a 503 that says so, and when to come again. A rule that
 // somebody added is no such reason.
 //
 // The second half changes a row that another session has locked. The first statement times out, and nothing was
@@ -167,7 +167,8 @@ func TestNotNow(t *testing.T) {
 	s := startServer(t, own)
 	path := s.create(`{"name":"a","price":1}`)
 	for code, status := range map[string]int{
-		"25006": 503, "55P03": 503, "40001": 503, "40P01": 503, "53200": 503, "57014": 503, "23503": 409,
+		"25006": 503, "55P03": 503, "40001": 503, "40P01": 503, "53200": 503, "57014": 503,
+		"23503": 409, "P0001": 409,
 	} {
 		must(s.psql.Exec(`CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
 			BEGIN RAISE EXCEPTION USING ERRCODE = '` + code + `'; END $$;
