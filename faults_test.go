@@ -122,7 +122,7 @@ func TestUnusualRedis(t *testing.T) {
 		s.redis.do("EVAL", `for i = 1, 1000 do redis.call('SET', 'other:' .. ARGV[1] .. ':' .. i, '') end`, 0, i)
 	}
 	s.cache.trust.distrust(errors.New("the test says so"))
-	within(t, s.awaitHit("/products", ""), 5*time.Second, "the return of the cache")
+	within(t, s.awaitHit("/products/1", ""), 5*time.Second, "the return of the cache")
 	concurrently(20, func(int) {
 		a, err := s.send("DELETE", "/cache/clear", "")
 		expect(t, err == nil && (a.status == 200 || a.status == 503), "clearing: %d %v", a.status, err)
