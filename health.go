@@ -231,6 +231,9 @@ func pingCommand(ctx context.Context, cfg config, args []string) error {
 	for ; tries < *count && ctx.Err() == nil; tries++ {
 		began := time.Now()
 		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", address)
+		if err != nil && ctx.Err() != nil { // interrupted: this was no try
+			break
+		}
 		if err == nil {
 			fmt.Printf("connected to %s (%s): try=%d time=%.3f ms\n", address, conn.RemoteAddr(), tries+1, milliseconds(time.Since(began)))
 			_ = conn.Close()
