@@ -215,7 +215,7 @@ func TestLateWriter(t *testing.T) {
 	giveBack := s.takePool()
 	wait := concurrently(1, func(int) { s.want(200, "PUT", path, `{"stock":1}`) })
 	eventually(t, "the writer is announced", func() bool { return s.redis.do("EXISTS", writersKey(keyAll)) == int64(1) })
-	time.Sleep(sendTimeout)
+	time.Sleep(sendTimeout) // its announcement began before this, so it is too old afterwards
 	giveBack()
 	wait()
 	var marks int // one for the creation, and two for each announcement of the change

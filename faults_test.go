@@ -82,7 +82,8 @@ func TestRedisFails(t *testing.T) {
 	back(2 * time.Second)
 }
 
-// TestUnusualRedis has a Redis that is used all the same.
+// TestUnusualRedis has a Redis that lacks memory, then one that cannot write its snapshot, then one that holds very many
+// other keys. The service uses each of them.
 func TestUnusualRedis(t *testing.T) {
 	s := startAlone(t)
 	must(s.db.Exec(insertLarge, 2000))
@@ -330,7 +331,7 @@ func TestDrain(t *testing.T) {
 	p.signal(syscall.SIGTERM)
 	began := time.Now()
 	p.wantHealth(503, "stopping", "connected", "connected")
-	time.Sleep(3 * time.Second)
+	time.Sleep(3 * time.Second) // longer than DRAIN_SECONDS, but new connections keep arriving
 	balancerKnows.Store(true)
 	wait()
 	eventually(t, "no connection is accepted", func() bool {

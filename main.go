@@ -463,9 +463,9 @@ func newEncoder(w io.Writer) *json.Encoder {
 
 // ---------------------------------------------------------------- PostgreSQL
 
-// poolSize is how many connections the pool may open. With those of the heartbeat, of /health and of the listener, that
-// makes 15: PgBouncer's default of 20 suffices for one replica, and PostgreSQL's default of 100 for six. It does not grow
-// with the machine, because each connection may serve an answer of maxAnswer bytes, and memory does not grow either.
+// poolSize is how many connections the pool may open. The heartbeat, /health and the listener have one each, which makes
+// 15: PgBouncer's default of 20 suffices for one replica, and PostgreSQL's default of 100 for six. More processors do not
+// raise it: each connection may be reading an answer of maxAnswer bytes, and memory is limited.
 const poolSize = 12
 
 // dataSource returns lib/pq's connection string. None of libpq's own settings apply: dataSource unsets the environment
@@ -645,7 +645,7 @@ func (c *preparedConn) ResetSession(ctx context.Context) error {
 	if !c.socket.idle() {
 		return driver.ErrBadConn
 	}
-	// Prepare here and not when a statement is sent, because a writer checks the age of its announcement in between. But
+	// Prepare here and not when a statement is sent: in between, a writer checks that its announcement is not too old. But
 	// do not prepare behind a pooler in transaction mode. lib/pq names statements by number, so the pooler may switch to
 	// a session that has a different statement under the same name.
 	if c.prepared == nil && c.mayPrepare.Load() {

@@ -161,6 +161,12 @@ func (p *promise) phase(t *testing.T, name string, reads, faults int, fault func
 	})
 }
 
+// record writes down a request that ends now.
+func (p *promise) record(request map[string]any) {
+	request["end"] = time.Since(p.began)
+	check(json.NewEncoder(p.history).Encode(request))
+}
+
 // send sends a request through a replica, writes it down, and reports whether it succeeded.
 func (p *promise) send(client int, r *process, method, path, body string) (a answer, ok bool) {
 	begin := time.Since(p.began)
@@ -168,9 +174,8 @@ func (p *promise) send(client int, r *process, method, path, body string) (a ans
 	if err != nil {
 		a.status = 0
 	}
-	check(json.NewEncoder(p.history).Encode(map[string]any{"client": client, "replica": r.url, "method": method,
-		"path": path, "body": body, "status": a.status, "answer": a.body, "cache": a.source(), "begin": begin,
-		"end": time.Since(p.began)}))
+	p.record(map[string]any{"client": client, "replica": r.url, "method": method, "path": path, "body": body,
+		"status": a.status, "answer": a.body, "cache": a.source(), "begin": begin})
 	within(p.t, a.took, 7*time.Second, method+" "+path)
 	if a.status != 200 {
 		p.count("errors", 1)
@@ -282,8 +287,8 @@ func (p *promise) restore(dump string) {
 	for id := 1; id <= products; id++ {
 		p.known[id] = p.stock(id)
 		path, stock := fmt.Sprintf("/products/%d", id), fmt.Sprintf(`"stock":%d`, p.known[id])
-		check(json.NewEncoder(p.history).Encode(map[string]any{"client": -1, "method": "PUT", "path": path,
-			"body": "{" + stock + "}", "status": 200, "begin": begin, "end": time.Since(p.began)}))
+		p.record(map[string]any{"client": -1, "method": "PUT", "path": path, "body": "{" + stock + "}", "status": 200,
+			"begin": begin})
 		for _, r := range p.replicas {
 			r.read(path, stock+",")
 		}
