@@ -463,9 +463,9 @@ func newEncoder(w io.Writer) *json.Encoder {
 
 // ---------------------------------------------------------------- PostgreSQL
 
-// poolSize is how many connections the pool may open. The heartbeat, /health and the listener have one each, which makes
-// 15: PgBouncer's default of 20 suffices for one replica, and PostgreSQL's default of 100 for six. More processors do not
-// raise it: each connection may be reading an answer of maxAnswer bytes, and memory is limited.
+// poolSize is how many connections the pool may open. The heartbeat, /health and the listener have one each, so that
+// makes 15: PgBouncer's default of 20 suffices for one replica, and PostgreSQL's default of 100 for six. It does not grow
+// with the processors: each connection may be reading an answer of maxAnswer bytes, and memory is limited.
 const poolSize = 12
 
 // dataSource returns lib/pq's connection string. None of libpq's own settings apply: dataSource unsets the environment
