@@ -63,8 +63,8 @@ const (
 	redisTimeout        = 700 * time.Millisecond  // for a round trip to Redis, including a new connection
 	statementTimeout    = 2 * time.Second         // PostgreSQL ends a statement after this
 	poolTimeout         = 2500 * time.Millisecond // to wait for a free connection of a pool
-	lookupTimeout       = 5 * time.Second         // for a lookup, and for each caller that waits for one
-	leaseLife           = lookupTimeout           // a lease is useless once its lookup has ended
+	lookupTimeout       = 2500 * time.Millisecond // for a lookup's query, including poolTimeout
+	leaseLife           = 5 * time.Second         // longer than a lookup may take
 	sendTimeout         = 1500 * time.Millisecond // from a writer's announcement until it sends its statement
 	markLife            = 12 * time.Second
 	noticeTime          = redisTimeout + 2*heartbeat // until every replica has noticed a new Redis
@@ -179,7 +179,8 @@ func (ls *lookups) endTurn(key string, l *lookup) *lookup {
 
 // Get returns the body for key and its source: Redis, or else fillFrom, which must query PostgreSQL. The body is never
 // older than this call, nor than any body returned before it. Callers share the body and must not change it. The error
-// is fillFrom's or the context's, or context.DeadlineExceeded after lookupTimeout.
+// is fillFrom's, ctx's, or context.DeadlineExceeded. A call lasts for two lookups at most: one that it waits for, and
+// its own.
 func (c *cache) Get(ctx context.Context, key string,
 	fillFrom func(context.Context) ([]byte, error)) ([]byte, source, error) {
 	// Rule 4: join only a lookup that has not started. A thousand requests for one key must not cost a thousand
@@ -190,23 +191,15 @@ func (c *cache) Get(ctx context.Context, key string,
 	//	that client reads, joins reader A's query, and gets 1.00
 	//
 	// So one lookup of a key runs, and one waits for its turn. New requests join the one that waits. A lookup outlives
-	// the request that started it.
+	// the request that started it. It ends on its own, so callers need no timers, which would slow down every hit.
 	l, start := c.lookups.join(key, fillFrom)
 	if start {
 		c.lookUp(key, l) // not in a new goroutine: a hit is too cheap for one
 	}
 	select {
-	case <-l.done: // a hit needs no timer
-	default:
-		timeout := time.NewTimer(lookupTimeout)
-		defer timeout.Stop()
-		select {
-		case <-l.done:
-		case <-ctx.Done():
-			return nil, bypass, ctx.Err()
-		case <-timeout.C:
-			return nil, bypass, context.DeadlineExceeded
-		}
+	case <-l.done:
+	case <-ctx.Done():
+		return nil, bypass, ctx.Err()
 	}
 	c.requests[l.source].Add(1)
 	return l.body, l.source, l.err
@@ -236,12 +229,21 @@ func (c *cache) lookUp(key string, l *lookup) {
 	}
 }
 
-// fillFromDatabase is the second half of a lookup. It queries PostgreSQL and hands the result to the callers. Then it
-// fills the key if this lookup holds the lease. It does not cache an error: it gives the lease back instead.
+// fillFromDatabase is the second half of a lookup. It queries PostgreSQL and hands the result to the callers, or an
+// error after lookupTimeout. Then it fills the key if this lookup holds the lease. It does not cache an error: it gives
+// the lease back instead.
 func (c *cache) fillFromDatabase(key string, l *lookup, from source, token string) {
 	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
 	defer cancel()
+	// A query may notice late that PostgreSQL is unresponsive. Neither these callers nor the next lookup wait for it.
+	stopTimer := context.AfterFunc(ctx, func() {
+		l.finish(nil, from, ctx.Err())
+		c.startNext(key, l)
+	})
 	body, err := recovered(ctx, l.fillFrom)
+	if !stopTimer() {
+		return // too late: the lease expires
+	}
 	l.finish(body, from, err) // before the fill, so that no caller waits for an unresponsive Redis
 	if token != "" {          // the error can be ignored, because do has already ended trust
 		_, _ = c.redis.do("EVAL", fillScript, 2, key, writersKey(key), token, l.body, int(c.ttl.Seconds()))
@@ -841,9 +843,9 @@ func infoField(info, name string) string {
 	return value
 }
 
-// onAllKeys runs UNLINK or EXISTS on all of the cache's keys, and returns how many it counted. It uses SCAN, about 5,000
-// keys at a time, because KEYS would block Redis, which may hold many keys of other programs. After the limit the error
-// is context.DeadlineExceeded.
+// onAllKeys runs UNLINK or EXISTS on all of the cache's keys, and returns how many it counted. It uses SCAN, about
+// 5,000 keys at a time, because KEYS would block Redis, which may hold many keys of other programs. After the limit the
+// error is context.DeadlineExceeded.
 func (c *redisClient) onAllKeys(command string, limit time.Duration) (count int, err error) {
 	began := time.Now()
 	for cursor := "0"; ; {
@@ -868,9 +870,9 @@ func (c *redisClient) onAllKeys(command string, limit time.Duration) (count int,
 
 // ---------------------------------------------------------------- for the endpoints
 
-// Clear deletes the cache's keys and returns their number. It gives up soon after lookupTimeout, with
-// context.DeadlineExceeded. It outlives the request that started it.
-func (c *cache) Clear() (int, error) { return c.redis.onAllKeys("UNLINK", lookupTimeout) }
+// Clear deletes the cache's keys and returns their number. It gives up after about 5 s, with context.DeadlineExceeded.
+// It outlives the request that started it.
+func (c *cache) Clear() (int, error) { return c.redis.onAllKeys("UNLINK", 5*time.Second) }
 
 // Version returns the version of the Redis that answers.
 func (c *cache) Version() (string, error) {
