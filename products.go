@@ -34,12 +34,15 @@ type product struct {
 	Price       json.Number `json:"price"`
 	Stock       int64       `json:"stock"`
 	Category    string      `json:"category"`
-	CreatedAt   time.Time   `json:"created_at"`
-	UpdatedAt   time.Time   `json:"updated_at"`
+	CreatedAt   string      `json:"created_at"`
+	UpdatedAt   string      `json:"updated_at"`
 }
 
-// columns lists a product's columns in the order in which scan reads them.
-const columns = `id, name, description, price, stock, category, created_at, updated_at`
+// columns lists a product's columns in the order in which scan reads them. PostgreSQL writes the dates as the API shows
+// them (RFC 3339), because parsing and formatting them here would take a tenth of the time of a page.
+const columns = `id, name, description, price, stock, category,
+       replace((created_at AT TIME ZONE 'UTC')::text, ' ', 'T') || 'Z',
+       replace((updated_at AT TIME ZONE 'UTC')::text, ' ', 'T') || 'Z'`
 
 // scan fills p from a row of columns. The error is classify's: errNotFound if there is no row.
 func (p *product) scan(row interface{ Scan(...any) error }) error {
