@@ -464,8 +464,8 @@ func newEncoder(w io.Writer) *json.Encoder {
 // ---------------------------------------------------------------- PostgreSQL
 
 // poolSize is how many connections the pool may open. The heartbeat, /health and the listener have one each, so that
-// makes 15: PgBouncer's default of 20 suffices for one replica, and PostgreSQL's default of 100 for six. It does not grow
-// with the processors: each connection may be reading an answer of maxAnswer bytes, and memory is limited.
+// makes 15: PgBouncer's default of 20 suffices for one replica, and PostgreSQL's default of 100 for six. It does not
+// grow with the processors: each connection may be reading an answer of maxAnswer bytes, and memory is limited.
 const poolSize = 12
 
 // dataSource returns lib/pq's connection string. None of libpq's own settings apply: dataSource unsets the environment
@@ -479,8 +479,8 @@ func dataSource(cfg config) string {
 	}
 	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace
 	// The trigger in schema.sql recognizes the service's own writes by their application_name. With binary_parameters,
-	// an unprepared query takes one round trip.
-	return fmt.Sprintf("application_name=desafio3 connect_timeout=2 timezone=UTC binary_parameters=yes passfile=/dev/null"+
+	// an unprepared query takes one round trip. The password file cannot exist: lib/pq warns about an unsuitable one.
+	return fmt.Sprintf("application_name=desafio3 connect_timeout=2 binary_parameters=yes passfile=/dev/null/none"+
 		" host='%s' port='%s' user='%s' password='%s' dbname='%s' sslmode='%s'",
 		quote(cfg.postgresHost), cfg.postgresPort, quote(cfg.postgresUser), quote(cfg.postgresPassword),
 		quote(cfg.postgresDB), cfg.sslMode)
