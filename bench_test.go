@@ -36,6 +36,8 @@ import (
 //     is plain cache-aside with the same libraries: it shows what it costs that the cache is never stale.
 //   - The programs are measured round by round, each time in another order, and all rounds count. Whatever else the
 //     machine does then affects all of them, so their ratio is much steadier than the numbers.
+//   - A process keeps its luck for life, such as where its memory lies: started anew, the same program may be 5 %
+//     faster or slower. Only several runs show a smaller difference.
 //   - The processor time for a request is steadier still: it hardly depends on what else the machine does.
 //   - The load runs for a moment before it counts, so that connections are open and the cache is filled.
 //   - A wrong answer ends the measurement: errors are often faster than answers.

@@ -41,6 +41,7 @@ mutant sends-too-late TestLateWriter 's/time\.Now\(\)\.After\(sendBefore\)/sendB
 mutant singleflight TestJoinOnlyLaterLookups 's/idle \|\| l\.started/idle/'
 mutant answers-after-fill TestAnsweredBeforeFill 's/(\tl\.finish\(body, from, err\))[^\n]*\n(\tif token != ""(?s:.*?)\n\t\}\n)/$2$1\n/; s/token, l\.body/token, body/'
 mutant next-before-fill TestAnsweredBeforeFill 's/(\tif token != ""(?s:.*?)\n\t\}\n)\tc\.startNext\(key, l\)/\tc.startNext(key, l)\n$1/'
+mutant lookup-without-end TestPostgresSilent 's/context\.AfterFunc\(ctx, func/context.AfterFunc(context.Background(), func/'
 mutant no-run-id-check TestOldSnapshot 's/\n[^\n]*c\.trust\.distrust\(errors\.New\("another redis[^\n]*//'
 mutant no-drop TestOldSnapshot 's/c\.redis\.onAllKeys\("UNLINK", time\.Hour\); err/c.redis.onAllKeys("EXISTS", time.Hour); err/'
 mutant no-settling TestNewRedisSettles 's/wait = settleTime/wait = 0/'
