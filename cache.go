@@ -41,7 +41,8 @@ type cache struct {
 	redis   *redisClient
 	lookups lookups
 
-	requests map[source]*atomic.Int64 // responses since this process started
+	unannounced atomic.Int64             // writers at work whose announcement failed
+	requests    map[source]*atomic.Int64 // responses since this process started
 }
 
 // A cacheConfig holds what a cache depends on.
@@ -58,19 +59,18 @@ type cacheConfig struct {
 
 // The protocol's times.
 const (
-	heartbeat           = 200 * time.Millisecond  // how often each server is checked
-	heartbeatTimeout    = time.Second             // for PostgreSQL's answer to a check
-	redisTimeout        = 700 * time.Millisecond  // for a round trip to Redis, including a new connection
-	statementTimeout    = 2 * time.Second         // PostgreSQL ends a statement after this
-	poolTimeout         = 2500 * time.Millisecond // to wait for a free connection of a pool
-	lookupTimeout       = 2500 * time.Millisecond // for a lookup's query, including poolTimeout
-	leaseLife           = 5 * time.Second         // longer than a lookup may take
-	sendTimeout         = 1500 * time.Millisecond // from a writer's announcement until it sends its statement
-	markLife            = 12 * time.Second
-	noticeTime          = redisTimeout + 2*heartbeat // until every replica has noticed a new Redis
-	settleTime          = 5 * time.Second
-	heartbeatsPerSecond = int(time.Second / heartbeat)
-	applyInterval       = 2 * time.Second // between two attempts to apply the schema
+	heartbeat        = 200 * time.Millisecond  // how often each server is checked
+	heartbeatTimeout = time.Second             // for PostgreSQL's answer to a check
+	redisTimeout     = 700 * time.Millisecond  // for a round trip to Redis, including a new connection
+	statementTimeout = 2 * time.Second         // PostgreSQL ends a statement after this
+	poolTimeout      = 2500 * time.Millisecond // to wait for a free connection of a pool
+	lookupTimeout    = 2500 * time.Millisecond // for a lookup's query, including poolTimeout
+	leaseLife        = 5 * time.Second         // longer than a lookup may take
+	sendTimeout      = 1500 * time.Millisecond // from a writer's announcement until it sends its statement
+	markLife         = 12 * time.Second
+	noticeTime       = redisTimeout + 2*heartbeat // until every replica has noticed a new Redis
+	settleTime       = 5 * time.Second
+	applyInterval    = 2 * time.Second // between two attempts to apply the schema
 )
 
 // The times depend on one another. Each line below compiles only if the value that it converts is not negative.
@@ -144,8 +144,8 @@ func (l *lookup) finish(body []byte, from source, err error) {
 	close(l.done)
 }
 
-// lookups lets requests share lookups. For each key, at most one lookup runs and one waits. A request joins only a
-// lookup that starts after the request arrived.
+// lookups combines requests for the same key. For each key, at most one lookup runs and one waits. A request joins
+// only a lookup that starts after the request arrived.
 type lookups struct {
 	mu     sync.Mutex
 	newest map[string]*lookup // by key: the waiting lookup or, if none waits, the running one
@@ -242,7 +242,7 @@ func (c *cache) fillFromDatabase(key string, l *lookup, from source, token strin
 	})
 	body, err := recovered(ctx, l.fillFrom)
 	if !stopTimer() {
-		return // too late: the lease expires
+		return // too late: the timer has finished this lookup, and its lease expires
 	}
 	l.finish(body, from, err) // before the fill, so that no caller waits for an unresponsive Redis
 	if token != "" {          // the error can be ignored, because do has already ended trust
@@ -334,11 +334,11 @@ var (
 // connection, never a change halfway. The error is change's or a connection error.
 func (c *cache) Write(ctx context.Context, keys []string, change func(context.Context, *sql.Conn) error) error {
 	for token := rand.Text(); ; {
-		announced, err := c.announceAndChange(ctx, keys, token, change)
-		// If the announcement failed, there is nothing to retract: the trigger has notified the replicas. If the
-		// outcome is unknown, the statement may yet commit, so its marks stay until they expire. If the retraction
-		// fails, the marks stay too, and no reader can fill.
-		if announced && !errors.Is(err, errOutcomeUnknown) {
+		err := c.announceAndChange(ctx, keys, token, change)
+		// If the outcome is unknown, the statement may yet commit, so its marks stay until they expire. If the
+		// retraction fails, the marks stay too, and no reader can fill. If the announcement failed, Redis may have
+		// returned meanwhile, and readers may have filled: the retraction deletes that before the client is answered.
+		if !errors.Is(err, errOutcomeUnknown) {
 			_ = c.runWriterScript(retractScript, keys, token)
 		}
 		if !errors.Is(err, errRepeat) { // each errRepeat has dropped a connection from the pool, so the loop ends
@@ -351,7 +351,7 @@ func (c *cache) Write(ctx context.Context, keys []string, change func(context.Co
 // From before the commit until after it no reader can fill, so every read comes from PostgreSQL. A writer that dies in
 // between leaves empty keys and marks that expire, but never an old body.
 func (c *cache) announceAndChange(ctx context.Context, keys []string, token string,
-	change func(context.Context, *sql.Conn) error) (announced bool, err error) {
+	change func(context.Context, *sql.Conn) error) error {
 	// The change gets one connection and not the pool, which would send the statement again if a connection breaks. The
 	// pool is the bottleneck of changes, so a writer has its connection only for its statement: it takes it after the
 	// announcement, and returns it before the retraction.
@@ -360,7 +360,7 @@ func (c *cache) announceAndChange(ctx context.Context, keys []string, token stri
 	defer cancel()
 	conn, err := c.db.Conn(waiting)
 	if err != nil {
-		return announced, err
+		return err
 	}
 	defer conn.Close()
 	// After a long wait, or if the process was paused, the mark might expire before the commit.
@@ -369,10 +369,14 @@ func (c *cache) announceAndChange(ctx context.Context, keys []string, token stri
 	}
 	ctx = context.WithoutCancel(ctx)
 	if !announced {
+		// No mark keeps readers from filling the old row until this change commits. So restore waits for it. Count it
+		// before distrust: restore then finds either this writer or a new epoch.
+		c.unannounced.Add(1)
+		defer c.unannounced.Add(-1)
 		c.trust.distrust(errors.New("a writer could not announce itself")) // cached bodies are about to become stale
 		// Under another application_name, the trigger of rule 2 reports this change like any other session's.
 		if _, err := conn.ExecContext(ctx, `SET application_name = 'desafio3 without redis'`); err != nil {
-			return false, err
+			return err
 		}
 		// If this fails, the trigger also reports later changes on this connection, which is harmless.
 		defer func() { _, _ = conn.ExecContext(ctx, `RESET application_name`) }()
@@ -381,7 +385,7 @@ func (c *cache) announceAndChange(ctx context.Context, keys []string, token stri
 	if err != nil && !errors.Is(err, errUnchanged) {
 		err = fmt.Errorf("%w: %w", errOutcomeUnknown, err)
 	}
-	return announced, err
+	return err
 }
 
 // announce returns whether Redis has the writer's marks, and until when the writer may send its statement.
@@ -404,7 +408,7 @@ func (c *cache) runWriterScript(script string, keys []string, token string) erro
 
 // A trust decides whether the cache may be used. It may be used only in an epoch in which PostgreSQL was verified (rule
 // 2) and all keys were dropped (rule 3). Every doubt starts a new epoch. So a doubt that arises during restore is never
-// lost.
+// lost: restore trusts only the epoch in which it began.
 type trust struct{ epoch, verifiedEpoch, trustedEpoch atomic.Uint64 }
 
 func (t *trust) trustedIn(epoch uint64) bool { return t.trustedEpoch.Load() == epoch }
@@ -427,7 +431,7 @@ func (t *trust) distrust(reason error) {
 // Run keeps the cache trusted until the context ends: it checks both servers, restores trust after a doubt, and handles
 // the changes that other sessions make.
 func (c *cache) Run(ctx context.Context) {
-	v := &verifier{cache: c, heard: make(chan string, 10), ownChannel: "heartbeat_" + rand.Text()}
+	v := &verifier{cache: c, heard: make(chan string, 1), ownChannel: "heartbeat_" + rand.Text()}
 	v.listener = c.newListener(func(event pq.ListenerEventType, err error) {
 		if event == pq.ListenerEventDisconnected {
 			c.trust.distrust(fmt.Errorf("the listener lost PostgreSQL: %w", err))
@@ -484,6 +488,9 @@ func (c *cache) restore() error {
 	if c.trust.verifiedEpoch.Load() != epoch {
 		return errors.New("PostgreSQL is not verified yet")
 	}
+	if c.unannounced.Load() > 0 {
+		return errors.New("a writer that could not announce itself is still active")
+	}
 	// A Redis that is full, or is only a replica, refuses writes. This finds out now, before the first request does.
 	if _, err := c.redis.do("SET", keyPrefix+"probe", "", "EX", 1); err != nil {
 		return err
@@ -504,15 +511,15 @@ func (c *cache) restore() error {
 type verifier struct {
 	*cache
 	listener   *pq.Listener
-	heard      chan string // notifications that this process sent to itself
+	heard      chan string // the last notification that this process sent to itself and received
 	ownChannel string      // the channel that carries them
 
 	schemaIsThere   bool      // apply has finished, and the triggers have not gone missing since
 	appliedAt       time.Time // when apply last tried
 	applyError      error     // what that attempt returned
-	triggerIdentity string    // their identity when they were last seen
+	triggerIdentity string    // the triggers' identity when they were last seen
 	withoutTriggers int       // heartbeats in a row that found them missing or off
-	beats           int       // heartbeats so far
+	notifiedAt      time.Time // when this process last notified itself
 }
 
 // handleNotifications deletes the keys of rows that other sessions changed. This is rule 2: the database reports
@@ -525,15 +532,16 @@ func (v *verifier) handleNotifications() {
 		case n == nil: // the listener has reconnected; trust ended when it lost its connection
 		case n.Channel == v.ownChannel:
 			select {
-			case v.heard <- n.Extra:
-			default: // the channel is full: inspect is not waiting for this one
+			case <-v.heard: // nobody waits for an older one
+			default:
 			}
+			v.heard <- n.Extra
 		case n.Extra == "" || len(queue) == cap(queue) || len(queue) > 0 && !v.trust.trusted():
 			// If ids arrive faster than their keys can be deleted, restore drops all keys once the flood is over.
 			// Steady changes do not prevent that: their keys are deleted one by one, even while trust is lost.
 			v.trust.distrust(errors.New("other sessions changed everything, or too much to delete key by key"))
 		default:
-			_, _ = v.redis.do("UNLINK", keyAll, keyPrefix+n.Extra) // an error ends trust
+			_, _ = v.redis.do("UNLINK", keyAll, keyPrefix+n.Extra) // after an error, restore drops all keys
 		}
 	}
 }
@@ -579,10 +587,9 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 	}
 	// While the cache is in use, one notification per second is enough. A listener stops hearing only if it loses its
 	// connection, and the service notices that anyway.
-	v.beats++
 	notification := ""
-	if v.beats%heartbeatsPerSecond == 0 || !v.trust.trustedIn(epoch) {
-		notification = strconv.Itoa(v.beats)
+	if time.Since(v.notifiedAt) >= time.Second || !v.trust.trustedIn(epoch) {
+		notification, v.notifiedAt = rand.Text(), time.Now()
 	}
 	var triggers, enabled, void string
 	var timeout int64 // in milliseconds
@@ -612,7 +619,7 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 	return v.hear(notification)
 }
 
-// hear waits for a notification that this process sent to itself. An empty one was not sent.
+// hear waits for a notification that this process sent to itself. If it is empty, none was sent.
 func (v *verifier) hear(notification string) error {
 	if notification == "" {
 		return nil
@@ -686,7 +693,7 @@ type command struct {
 }
 
 // do sends a command to Redis and returns the reply. An error ends trust, unless Redis only lacks memory. If Redis did
-// not answer the last batch, do fails at once instead of waiting again.
+// not answer the last batch, do fails at once with errUnreachable: that batch has already ended trust.
 func (c *redisClient) do(name string, args ...any) (any, error) {
 	// With one command per round trip, Redis and this process would spend most of their time in system calls. So
 	// waiting commands share a round trip (pipelining). This needs no extra goroutine: one of the callers sends them.
@@ -793,11 +800,14 @@ func (c *redisClient) connect(ctx context.Context) (redis.Conn, error) {
 		info, err = redis.String(redis.ReceiveContext(conn, ctx))
 	}
 	version, policy := infoField(info, "redis_version"), infoField(info, "maxmemory_policy")
+	runID, uptime := infoField(info, "run_id"), infoField(info, "uptime_in_seconds")
 	major, _ := strconv.Atoi(strings.Split(version, ".")[0])
 	switch {
 	case err != nil:
 	case major < 7:
 		err = fmt.Errorf("redis %s is too old: 7.0 or newer is needed", version)
+	case runID == "":
+		err = errors.New("redis does not say which process it is (run_id)")
 	case strings.HasPrefix(policy, "allkeys"):
 		err = fmt.Errorf("redis may evict any key (maxmemory-policy %s): volatile-lru or noeviction is needed", policy)
 	}
@@ -805,7 +815,7 @@ func (c *redisClient) connect(ctx context.Context) (redis.Conn, error) {
 		_ = conn.Close()
 		return nil, err
 	}
-	c.identifyServer(infoField(info, "run_id"), infoField(info, "uptime_in_seconds"))
+	c.identifyServer(runID, uptime)
 	return conn, nil
 }
 

@@ -36,7 +36,7 @@ mutant no-deletion-before TestFillWhileWriting 's/(redis\.call\(.ZADD.[^\n]*)\n[
 mutant no-deletion-after TestFillWhileWriting 's/(redis\.call\(.ZREM.[^\n]*)\n[^\n]*redis\.call\(.DEL.[^\n]*/$1/'
 mutant removes-all-marks TestOverlappingWriters 's/redis\.call\(.ZREM., (KEYS\[i \+ 1\]), ARGV\[1\]\)/redis.call("DEL", $1)/'
 mutant mark-of-a-second TestWriterDies 's/int\(markLife\.Seconds\(\)\)/1/'
-mutant unknown-is-refused TestFailedWrites 's/announced && !errors\.Is\(err, errOutcomeUnknown\)/announced/'
+mutant unknown-is-refused TestFailedWrites 's/if !errors\.Is\(err, errOutcomeUnknown\)/if true/'
 mutant sends-too-late TestLateWriter 's/time\.Now\(\)\.After\(sendBefore\)/sendBefore.IsZero()/'
 mutant singleflight TestJoinOnlyLaterLookups 's/idle \|\| l\.started/idle/'
 mutant answers-after-fill TestAnsweredBeforeFill 's/(\tl\.finish\(body, from, err\))[^\n]*\n(\tif token != ""(?s:.*?)\n\t\}\n)/$2$1\n/; s/token, l\.body/token, body/'
