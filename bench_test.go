@@ -236,7 +236,7 @@ func textbook() http.Handler {
 		return row(r, selectProduct, r.PathValue("id"))
 	}))
 	mux.HandleFunc("PUT /products/{id}", func(w http.ResponseWriter, r *http.Request) {
-		f := must(readFields(r, false))
+		f := must(new(server).readFields(r, false))
 		body := must(row(r, updateProduct, r.PathValue("id"), f.Name, f.Description, f.Price, f.Stock, f.Category))
 		conn := pool.Get()
 		defer conn.Close()

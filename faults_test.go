@@ -407,7 +407,8 @@ func (s *testServer) beginPost() (end func()) {
 	}
 }
 
-// TestClientsThatLeave has clients that leave before or during their requests. None ends the trust in the cache.
+// TestClientsThatLeave has clients that leave before or during their requests. None ends the trust in the cache. A
+// large body waits until one of those that are being received ends.
 func TestClientsThatLeave(t *testing.T) {
 	s := startAlone(t)
 	handler, epoch := s.handler(), s.cache.trust.epoch.Load()
@@ -425,6 +426,14 @@ func TestClientsThatLeave(t *testing.T) {
 	}
 	equal(t, "the epoch", s.cache.trust.epoch.Load(), epoch)
 	s.wantHealth(200, "healthy", "connected", "connected")
+
+	for range maxLarge {
+		s.largeRequests <- struct{}{} // a client sends a large body, until it leaves
+	}
+	s.create(`{"name":"small","price":1}`)
+	time.AfterFunc(time.Second, func() { <-s.largeRequests })
+	took := s.want(201, "POST", "/products", strings.Repeat(" ", largeRequest)+`{"name":"large","price":1}`).took
+	expect(t, took > time.Second/2, "a large body was received after %v, although too many others were", took)
 }
 
 // TestUnitSettings sets variables to what the service must refuse. The error names the variable in one line, and never

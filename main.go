@@ -60,7 +60,6 @@ func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
-	err = errUsage
 	switch {
 	case len(args) == 1:
 		err = serve(ctx, cfg)
@@ -68,6 +67,8 @@ func run(args []string) int {
 		err = healthCommand(cfg)
 	case args[1] == "ping":
 		err = pingCommand(ctx, cfg, args[2:])
+	default:
+		err = errUsage
 	}
 	if err == nil {
 		return 0
@@ -93,8 +94,8 @@ type config struct {
 	logLevel                                slog.Level
 }
 
-// settings reads environment variables and keeps the first fault: one line that names the variable and what it accepts.
-// A fault never contains a password.
+// settings reads environment variables and records the first fault: one line that names the variable and what it
+// accepts. A fault never contains a password.
 type settings struct {
 	getenv func(string) string
 	fault  error
@@ -179,8 +180,8 @@ func configure(getenv func(string) string) (config, error) {
 // ---------------------------------------------------------------- the server
 
 const (
-	drainLimit      = 5 * time.Second        // after drainTime, to wait until no new connections arrive
-	quietTime       = 500 * time.Millisecond // without a new connection: no more are expected
+	drainLimit      = 5 * time.Second        // how long to wait, after drainTime, for new connections to stop
+	quietTime       = 500 * time.Millisecond // with no new connection for this long, none is expected
 	shutdownTimeout = 10 * time.Second       // after that, for requests in flight
 )
 
@@ -190,7 +191,8 @@ type server struct {
 	db             *sql.DB // a pool, which connects on demand
 	healthDB       *sql.DB // one connection: an exhausted pool is no reason to replace a replica
 	cache          *cache
-	largeAnswers   chan struct{} // a counting semaphore: see respondBody
+	largeAnswers   chan struct{} // a counting semaphore: see takeSlot
+	largeRequests  chan struct{} // another one
 	started        time.Time
 	stopping       atomic.Bool  // every response now closes its connection
 	lastConnection atomic.Int64 // when a client last connected, in nanoseconds after started
@@ -201,11 +203,12 @@ func newServer(cfg config) *server {
 	mayPrepare := new(atomic.Bool)
 	db := openDatabase(cfg, statementTimeout+500*time.Millisecond, poolSize, mayPrepare, statements...)
 	return &server{
-		cfg:          cfg,
-		db:           db,
-		healthDB:     openDatabase(cfg, healthTimeout, 1, mayPrepare),
-		largeAnswers: make(chan struct{}, maxLargeAnswers),
-		started:      time.Now(),
+		cfg:           cfg,
+		db:            db,
+		healthDB:      openDatabase(cfg, healthTimeout, 1, mayPrepare),
+		largeAnswers:  make(chan struct{}, maxLarge),
+		largeRequests: make(chan struct{}, maxLarge),
+		started:       time.Now(),
 		cache: newCache(cacheConfig{
 			db:            db,
 			heartbeatDB:   openDatabase(cfg, heartbeatTimeout, 1, mayPrepare, selectGuards),
@@ -219,7 +222,7 @@ func newServer(cfg config) *server {
 	}
 }
 
-// close closes the connections to PostgreSQL, but for those of the cache, which Run closes.
+// close closes the connections to PostgreSQL, except the heartbeat's and the listener's, which Run closes.
 func (s *server) close() {
 	_ = s.db.Close()
 	_ = s.healthDB.Close()
@@ -240,7 +243,7 @@ func serve(ctx context.Context, cfg config) error {
 		return err
 	}
 	// Requests in flight still need the cache's background work, so it stops after them.
-	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	background, stop := context.WithCancel(context.Background())
 	defer stop()
 	go s.cache.Run(background)
 
@@ -396,9 +399,9 @@ func problemf(status int, format string, args ...any) *problem {
 	return &problem{Status: status, Detail: fmt.Sprintf(format, args...)}
 }
 
-// respondError turns an error into a response. It sends a problem as it is. If PostgreSQL is unavailable, it sends a
-// 503. Every 503 has Retry-After, unless the change may have been made. Any other error is a bug, which it logs and
-// hides from the client.
+// respondError turns an error into a response: a problem into itself, and errors with a known meaning into a problem.
+// Every 503 has Retry-After, unless the change may have been made. Any other error is a bug, which respondError logs
+// and hides from the client.
 func respondError(w http.ResponseWriter, r *http.Request, err error) {
 	p, ok := errors.AsType[*problem](err)
 	switch {
@@ -629,7 +632,7 @@ type pqConn interface {
 }
 
 // A preparedConn is a connection that prepares its statements once, so that PostgreSQL does not parse and plan them for
-// every request. Only statement_timeout ends a statement that was sent: PostgreSQL then reports that nothing was
+// every request. Only statement_timeout ends a query that was sent: PostgreSQL then reports that nothing was
 // changed. A context does not, because lib/pq would drop the connection and leave the outcome unknown.
 type preparedConn struct {
 	pqConn

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"mime"
 	"net/http"
@@ -68,7 +69,7 @@ const (
 	maxRows    = maxAnswer / 140
 )
 
-// selectList leaves out the rows that would begin after $3 bytes, so that PostgreSQL does not send them in vain.
+// selectList leaves out the rows that would begin after $3 bytes, because the service would discard them.
 const selectList = `
 SELECT ` + columns + `
 FROM (SELECT *, sum(` + minProduct + ` + octet_length(name) + octet_length(description) + octet_length(category))
@@ -162,16 +163,30 @@ func (s *server) listProducts(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// The service sends at most maxLargeAnswers answers over largeAnswer bytes at once. Each occupies its slot for as long
-// as its client reads. A request waits up to answerTimeout for a slot.
+// A thousand slow clients must not hold a thousand large bodies. So the service sends at most maxLarge answers over
+// largeAnswer bytes at once, and receives at most maxLarge bodies over largeRequest bytes. Each occupies a slot for as
+// long as its client reads or sends. A request waits up to slotTimeout for a slot.
 const (
-	largeAnswer     = 256 << 10
-	maxLargeAnswers = 12
-	answerTimeout   = 12 * time.Second
+	largeAnswer  = 256 << 10
+	largeRequest = 16 << 10
+	maxLarge     = 12
+	slotTimeout  = 12 * time.Second
 )
 
+// takeSlot takes one of the slots. It waits while all are taken, until the context ends.
+func takeSlot(ctx context.Context, slots chan struct{}) error {
+	select {
+	case slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(slotTimeout):
+		return problemf(http.StatusServiceUnavailable, "too many large bodies are on their way")
+	}
+}
+
 // respondBody answers with the body that build returns. If a large body has to wait for its turn, respondBody drops it
-// and builds it again afterwards: a thousand slow clients must not hold a thousand bodies.
+// and builds it again afterwards.
 func (s *server) respondBody(w http.ResponseWriter, r *http.Request, build func() ([]byte, error)) error {
 	for itsTurn := false; ; {
 		body, err := build()
@@ -186,12 +201,8 @@ func (s *server) respondBody(w http.ResponseWriter, r *http.Request, build func(
 			case s.largeAnswers <- struct{}{}:
 			default:
 				body = nil // not held while this request waits
-				select {
-				case s.largeAnswers <- struct{}{}:
-				case <-r.Context().Done():
-					return r.Context().Err()
-				case <-time.After(answerTimeout):
-					return problemf(http.StatusServiceUnavailable, "too many large answers are on their way")
+				if err := takeSlot(r.Context(), s.largeAnswers); err != nil {
+					return err
 				}
 			}
 			defer func() { <-s.largeAnswers }()
@@ -313,7 +324,7 @@ WHERE taken >= next`
 
 // createProduct answers POST /products. The new product cannot be cached yet, but the list can.
 func (s *server) createProduct(w http.ResponseWriter, r *http.Request) error {
-	f, err := readFields(r, true)
+	f, err := s.readFields(r, true)
 	if err != nil {
 		return err
 	}
@@ -360,7 +371,7 @@ func (s *server) updateProduct(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	f, err := readFields(r, false)
+	f, err := s.readFields(r, false)
 	if err != nil {
 		return err
 	}
@@ -399,6 +410,7 @@ func (s *server) deleteProduct(w http.ResponseWriter, r *http.Request) error {
 func (s *server) clearCache(w http.ResponseWriter, r *http.Request) error {
 	cleared, err := s.cache.Clear()
 	if err != nil {
+		slog.Warn("cache not cleared", "error", err)
 		return problemf(http.StatusServiceUnavailable, "cache unavailable")
 	}
 	return respondJSON(w, http.StatusOK, map[string]int{"cleared": cleared})
@@ -477,8 +489,8 @@ func (d *digits) UnmarshalJSON(value []byte) error {
 // maxBody is the largest request body in bytes.
 const maxBody = 1 << 20
 
-// readFields reads, decodes and checks a request's body, which must be JSON. The error is a problem.
-func readFields(r *http.Request, creating bool) (fields, error) {
+// readFields reads, decodes and checks a request's body, which must be JSON. The error is a problem, or the context's.
+func (s *server) readFields(r *http.Request, creating bool) (fields, error) {
 	if encoding := r.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
 		return fields{}, problemf(http.StatusUnsupportedMediaType, "send the body uncompressed, without Content-Encoding")
 	}
@@ -486,7 +498,16 @@ func readFields(r *http.Request, creating bool) (fields, error) {
 	if err != nil || mediaType != "application/json" {
 		return fields{}, problemf(http.StatusUnsupportedMediaType, "send Content-Type: application/json")
 	}
-	body, err := io.ReadAll(r.Body)
+	body, err := io.ReadAll(io.LimitReader(r.Body, largeRequest))
+	if err == nil && len(body) == largeRequest {
+		if err := takeSlot(r.Context(), s.largeRequests); err != nil {
+			return fields{}, err
+		}
+		defer func() { <-s.largeRequests }()
+		var rest []byte
+		rest, err = io.ReadAll(r.Body)
+		body = append(body, rest...)
+	}
 	if _, large := errors.AsType[*http.MaxBytesError](err); large {
 		return fields{}, problemf(http.StatusRequestEntityTooLarge, "the body is larger than 1 MiB")
 	}

