@@ -22,8 +22,8 @@ import (
 	"github.com/lib/pq/pqerror"
 )
 
-// A cache keeps response bodies in Redis, and it never lies: with it, the API returns nothing that it could not have
-// returned without it. Handlers call Get and Write. Run must be running.
+// A cache keeps response bodies in Redis, and it never lies: each body that it returns could as well have come from
+// PostgreSQL at that moment. Handlers call Get and Write. Run must be running.
 //
 // The pattern is cache-aside. A reader asks Redis first; on a miss it asks PostgreSQL and fills the key. A writer
 // changes PostgreSQL and deletes the key. The pattern as such returns stale data, because neither server knows about
@@ -355,7 +355,7 @@ func (c *cache) announceAndChange(ctx context.Context, keys []string, token stri
 	// The change gets one connection and not the pool, which would send the statement again if a connection breaks. The
 	// pool is the bottleneck of changes, so a writer has its connection only for its statement: it takes it after the
 	// announcement, and returns it before the retraction.
-	announced, sendBefore := c.announce(keys, token)
+	announced, sendDeadline := c.announce(keys, token)
 	waiting, cancel := context.WithTimeout(ctx, poolTimeout)
 	defer cancel()
 	conn, err := c.db.Conn(waiting)
@@ -364,8 +364,8 @@ func (c *cache) announceAndChange(ctx context.Context, keys []string, token stri
 	}
 	defer conn.Close()
 	// After a long wait, or if the process was paused, the mark might expire before the commit.
-	for time.Now().After(sendBefore) {
-		announced, sendBefore = c.announce(keys, token)
+	for time.Now().After(sendDeadline) {
+		announced, sendDeadline = c.announce(keys, token)
 	}
 	ctx = context.WithoutCancel(ctx)
 	if !announced {
@@ -389,9 +389,9 @@ func (c *cache) announceAndChange(ctx context.Context, keys []string, token stri
 }
 
 // announce returns whether Redis has the writer's marks, and until when the writer may send its statement.
-func (c *cache) announce(keys []string, token string) (announced bool, sendBefore time.Time) {
-	sendBefore = time.Now().Add(sendTimeout)
-	return c.runWriterScript(announceScript, keys, token) == nil, sendBefore
+func (c *cache) announce(keys []string, token string) (announced bool, sendDeadline time.Time) {
+	sendDeadline = time.Now().Add(sendTimeout)
+	return c.runWriterScript(announceScript, keys, token) == nil, sendDeadline
 }
 
 // runWriterScript runs announceScript or retractScript for the keys.
@@ -514,7 +514,7 @@ type verifier struct {
 	heard      chan string // the last notification that this process sent to itself and received
 	ownChannel string      // the channel that carries them
 
-	schemaIsThere   bool      // apply has finished, and the triggers have not gone missing since
+	schemaApplied   bool      // apply has finished, and the triggers have not gone missing since
 	appliedAt       time.Time // when apply last tried
 	applyError      error     // what that attempt returned
 	triggerIdentity string    // the triggers' identity when they were last seen
@@ -580,7 +580,7 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 			return err
 		}
 	}
-	if !v.schemaIsThere {
+	if !v.schemaApplied {
 		if err := v.apply(ctx); err != nil {
 			return err
 		}
@@ -602,7 +602,7 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 	if enabled != "AA" && (v.applyError == nil || len(enabled) != 2 || strings.ContainsAny(enabled, "DR")) {
 		// Restoring a dump creates the triggers last. Give it a moment before applying the schema.
 		v.withoutTriggers++
-		v.schemaIsThere = v.withoutTriggers < 3
+		v.schemaApplied = v.withoutTriggers < 3
 		return errors.New("the triggers are missing or off")
 	}
 	v.withoutTriggers = 0
@@ -644,8 +644,8 @@ func (v *verifier) apply(ctx context.Context) error {
 		v.applyError = v.applySchema(ctx)
 		v.appliedAt = time.Now()
 	}
-	v.schemaIsThere = v.applyError == nil || pq.As(v.applyError, pqerror.InsufficientPrivilege) != nil
-	if !v.schemaIsThere {
+	v.schemaApplied = v.applyError == nil || pq.As(v.applyError, pqerror.InsufficientPrivilege) != nil
+	if !v.schemaApplied {
 		return v.applyError
 	}
 	return nil

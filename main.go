@@ -466,8 +466,8 @@ func newEncoder(w io.Writer) *json.Encoder {
 
 // ---------------------------------------------------------------- PostgreSQL
 
-// poolSize is how many connections the pool may open. The heartbeat, /health and the listener have one each, so that
-// makes 15: PgBouncer's default of 20 suffices for one replica, and PostgreSQL's default of 100 for six. It does not
+// poolSize is how many connections the pool may open. The heartbeat, /health and the listener have one each, 15 in
+// total: PgBouncer's default of 20 suffices for one replica, and PostgreSQL's default of 100 for six. It does not
 // grow with the processors: each connection may be reading an answer of maxAnswer bytes, and memory is limited.
 const poolSize = 12
 
@@ -517,7 +517,7 @@ func applySchema(ctx context.Context, cfg config) error {
 }
 
 // A dialer opens connections to PostgreSQL on which every read ends after readTimeout: a query's context cannot end a
-// read from an unresponsive server. It remembers the last connection.
+// read from an unresponsive server. The dialer remembers its last connection.
 type dialer struct {
 	readTimeout time.Duration
 	last        *timeoutConn

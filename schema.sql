@@ -1,6 +1,6 @@
 -- The whole schema. The service applies it in one transaction at startup, and again if the triggers are missing. Every
--- statement is safe to repeat. The service does not wait for locks: it tries again later. There is no time limit,
--- because an index on a large table may take longer than a request's statement is allowed to.
+-- statement is safe to repeat. It waits at most 200 ms for a lock: the service tries again later. There is no other time
+-- limit, because an index on a large table may take longer than a request's statement is allowed to.
 SET LOCAL lock_timeout = '200ms';
 SET LOCAL statement_timeout = 0;
 
