@@ -64,7 +64,7 @@ const (
 	redisTimeout     = 700 * time.Millisecond  // for a round trip to Redis, including a new connection
 	statementTimeout = 2 * time.Second         // PostgreSQL ends a statement after this
 	poolTimeout      = 2500 * time.Millisecond // to wait for a free connection of a pool
-	lookupTimeout    = 2500 * time.Millisecond // for a lookup's query, including poolTimeout
+	lookupTimeout    = 2750 * time.Millisecond // for a lookup's query, including poolTimeout
 	leaseLife        = 5 * time.Second         // longer than a lookup may take
 	sendTimeout      = 1500 * time.Millisecond // from a writer's announcement until it sends its statement
 	markLife         = 12 * time.Second
@@ -452,19 +452,14 @@ func (c *cache) Run(ctx context.Context) {
 // repeat calls f at every heartbeat until the context ends. It logs an error, but not if the previous call returned the
 // same one.
 func repeat(ctx context.Context, what string, f func() error) {
-	ticker := time.NewTicker(heartbeat)
-	defer ticker.Stop()
-	for last := ""; ctx.Err() == nil; {
+	tick := time.Tick(heartbeat)
+	for last := ""; ctx.Err() == nil; <-tick {
 		err := f()
 		if reason := fmt.Sprint(err); err == nil {
 			last = ""
 		} else if reason != last && ctx.Err() == nil {
 			slog.Warn(what, "reason", reason)
 			last = reason
-		}
-		select {
-		case <-ctx.Done():
-		case <-ticker.C:
 		}
 	}
 }
@@ -621,19 +616,15 @@ func (v *verifier) inspect(ctx context.Context, epoch uint64) error {
 
 // hear waits for a notification that this process sent to itself. If it is empty, none was sent.
 func (v *verifier) hear(notification string) error {
-	if notification == "" {
-		return nil
-	}
-	for timeout := time.After(heartbeatTimeout); ; {
+	timeout := time.After(heartbeatTimeout)
+	for heard := ""; heard != notification; {
 		select {
-		case heard := <-v.heard:
-			if heard == notification {
-				return nil
-			}
+		case heard = <-v.heard:
 		case <-timeout:
 			return errors.New("the listener does not hear its own notification: a pooler in transaction mode may drop it")
 		}
 	}
+	return nil
 }
 
 // apply applies the schema, because an existing table may lack part of it. It tries at most every applyInterval until
@@ -786,19 +777,12 @@ func (c *redisClient) connect(ctx context.Context) (redis.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	// AUTH and INFO share a round trip, so a slow Redis delays connecting only once.
+	// AUTH and INFO share a round trip, so a slow Redis delays connecting only once. DoContext receives both replies, and
+	// returns an error of either.
 	if c.password != "" {
 		_ = conn.Send("AUTH", c.password)
 	}
-	_ = conn.Send("INFO")
-	_ = conn.Flush()
-	if c.password != "" {
-		_, err = redis.ReceiveContext(conn, ctx)
-	}
-	var info string
-	if err == nil {
-		info, err = redis.String(redis.ReceiveContext(conn, ctx))
-	}
+	info, err := redis.String(redis.DoContext(conn, ctx, "INFO"))
 	version, policy := infoField(info, "redis_version"), infoField(info, "maxmemory_policy")
 	runID, uptime := infoField(info, "run_id"), infoField(info, "uptime_in_seconds")
 	major, _ := strconv.Atoi(strings.Split(version, ".")[0])

@@ -330,9 +330,9 @@ func TestWriteWithoutRedis(t *testing.T) {
 	c.readStock(20, bypass)
 }
 
-// Redis is unreachable, or unresponsive, when a replica begins to write, and returns before the commit. It forgets
-// nothing. When it responds again, it executes the commands that it received meanwhile. Another replica may then fill
-// the old row. The writer's own replica does not use the cache until it has committed, and then deletes that.
+// Redis is unreachable, or unresponsive, while a replica writes. It returns before the second write commits, and has
+// forgotten nothing. When it responds again, it executes the commands that it received meanwhile. Another replica may
+// then fill the old row. The writer's own replica does not use the cache until it has committed, and then deletes that.
 func TestUnreachableRedisUnderWriter(t *testing.T) {
 	twice(t, "silent", func(t *testing.T, silent bool) {
 		a, b := startTwo(t)
@@ -343,15 +343,16 @@ func TestUnreachableRedisUnderWriter(t *testing.T) {
 			leave, comeBack = func() { a.proxy.pause(true) }, func() { a.proxy.pause(false) }
 		}
 		leave()
-		commit, end := b.heldWrite(1)
+		b.write(setStock(1))
+		commit, end := b.heldWrite(2)
 		comeBack()
 		within(t, a.awaitHit(other, ""), 2*time.Second, "the return of the cache")
-		a.readStock(0)
+		a.readStock(1)
 		eventually(t, "b waits", func() bool { return strings.Contains(fmt.Sprint(b.cache.restore()), "still active") })
 		commit()
 		end()
-		b.awaitStock(1)
-		a.awaitStock(1)
+		b.awaitStock(2)
+		a.awaitStock(2)
 	})
 }
 

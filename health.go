@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -187,11 +186,8 @@ func (s *server) stats(w http.ResponseWriter, r *http.Request) error {
 func healthCommand(cfg config) error {
 	// The default transport would use a proxy from the environment. The service is on this machine.
 	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{}}
-	host := cfg.bindAddress
-	if address, err := netip.ParseAddr(host); host == "" || err == nil && address.IsUnspecified() {
-		host = "localhost"
-	}
-	response, err := client.Get("http://" + net.JoinHostPort(host, cfg.port) + "/health")
+	// An empty or unspecified address (0.0.0.0) means this machine: see net.Dial.
+	response, err := client.Get("http://" + net.JoinHostPort(cfg.bindAddress, cfg.port) + "/health")
 	if err != nil {
 		return err
 	}

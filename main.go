@@ -187,15 +187,14 @@ const (
 
 // A server answers the API's requests. It holds everything that the handlers need: no connection is global.
 type server struct {
-	cfg            config
-	db             *sql.DB // a pool, which connects on demand
-	healthDB       *sql.DB // one connection: an exhausted pool is no reason to replace a replica
-	cache          *cache
-	largeAnswers   chan struct{} // a counting semaphore: see takeSlot
-	largeRequests  chan struct{} // another one
-	started        time.Time
-	stopping       atomic.Bool  // every response now closes its connection
-	lastConnection atomic.Int64 // when a client last connected, in nanoseconds after started
+	cfg           config
+	db            *sql.DB // a pool, which connects on demand
+	healthDB      *sql.DB // one connection: an exhausted pool is no reason to replace a replica
+	cache         *cache
+	largeAnswers  chan struct{} // a counting semaphore: see takeSlot
+	largeRequests chan struct{} // another one
+	started       time.Time
+	stopping      atomic.Bool // every response now closes its connection
 }
 
 // newServer returns a server, which connects to PostgreSQL and Redis on demand. The caller must start cache.Run.
@@ -250,6 +249,7 @@ func serve(ctx context.Context, cfg config) error {
 	// Without these limits, one client could hold a connection and its memory forever. The header must arrive within
 	// ReadHeaderTimeout, and the whole request within ReadTimeout. If a client does not read its response, the server
 	// gives up after WriteTimeout. Between requests, the server keeps a connection open for IdleTimeout.
+	quiet := time.NewTimer(quietTime)
 	srv := &http.Server{
 		Handler:           s.handler(),
 		ReadHeaderTimeout: 5 * time.Second,
@@ -260,7 +260,7 @@ func serve(ctx context.Context, cfg config) error {
 		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
 		ConnState: func(_ net.Conn, state http.ConnState) {
 			if state == http.StateNew {
-				s.lastConnection.Store(int64(time.Since(s.started)))
+				quiet.Reset(quietTime)
 			}
 		},
 	}
@@ -276,12 +276,9 @@ func serve(ctx context.Context, cfg config) error {
 	s.stopping.Store(true)
 	time.Sleep(cfg.drainTime)
 	// Closing the listener resets the connections in its queue, so wait until no new ones arrive.
-	for limit := time.Now().Add(drainLimit); time.Now().Before(limit); {
-		quiet := time.Since(s.started) - time.Duration(s.lastConnection.Load())
-		if quiet >= quietTime {
-			break
-		}
-		time.Sleep(quietTime - quiet)
+	select {
+	case <-quiet.C:
+	case <-time.After(drainLimit):
 	}
 	last, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
