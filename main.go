@@ -246,10 +246,10 @@ func serve(ctx context.Context, cfg config) error {
 	defer stop()
 	go s.cache.Run(background)
 
+	quiet := time.NewTimer(quietTime)
 	// Without these limits, one client could hold a connection and its memory forever. The header must arrive within
 	// ReadHeaderTimeout, and the whole request within ReadTimeout. If a client does not read its response, the server
 	// gives up after WriteTimeout. Between requests, the server keeps a connection open for IdleTimeout.
-	quiet := time.NewTimer(quietTime)
 	srv := &http.Server{
 		Handler:           s.handler(),
 		ReadHeaderTimeout: 5 * time.Second,
