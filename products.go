@@ -504,9 +504,7 @@ func (s *server) readFields(r *http.Request, creating bool) (fields, error) {
 			return fields{}, err
 		}
 		defer func() { <-s.largeRequests }()
-		var rest []byte
-		rest, err = io.ReadAll(r.Body)
-		body = append(body, rest...)
+		body, err = io.ReadAll(io.MultiReader(bytes.NewReader(body), r.Body))
 	}
 	if _, large := errors.AsType[*http.MaxBytesError](err); large {
 		return fields{}, problemf(http.StatusRequestEntityTooLarge, "the body is larger than 1 MiB")
