@@ -43,10 +43,9 @@ import (
 //   - A wrong answer ends the measurement: errors are often faster than answers.
 
 // The rounds are those of -benchtime (-benchtime 3x). A part of the table: -bench Requests/products=8$/list.
-var (
-	base     = os.Getenv("BASE") // the path of another build of the service, to compare with
-	logLevel = "LOG_LEVEL=" + cmp.Or(os.Getenv("LOG_LEVEL"), "warn")
-)
+var base = os.Getenv("BASE") // the path of another build of the service, to compare with
+
+var logLevel = "LOG_LEVEL=" + cmp.Or(os.Getenv("LOG_LEVEL"), "warn")
 
 // ---------------------------------------------------------------- the load
 

@@ -138,9 +138,11 @@ func TestBodies(t *testing.T) {
 	}
 	for _, id := range strings.Fields("0 -1 +1 01 1.0 9223372036854775808 x %00") {
 		refuse(404, "GET", "/products/"+id, "", "does not exist")
+		refuse(404, "PUT", "/products/"+id, `{"stock":1}`, "does not exist")
 		refuse(404, "DELETE", "/products/"+id, "", "does not exist")
 	}
 	refuse(415, "POST", "/products", `{"name":"a","price":1}`, "application/json", "Content-Type", "text/plain")
+	refuse(415, "POST", "/products", `{"name":"a","price":1}`, "application/json", "Content-Type", "")
 	refuse(403, "DELETE", path, "", "another site", "Sec-Fetch-Site", "cross-site")
 
 	// What is unusual but right, for example what was read and then changed.
